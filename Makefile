@@ -1,0 +1,40 @@
+# Two commands matter: `make demo` and `make test`. Each makes .venv when there is none.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := demo,io,llm,test
+NMNIST ?=
+FAST ?=
+
+.PHONY: demo test test-slow lint format bench clean
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+demo: $(VENV)/.installed  ## both stages, probes and a report, on a CPU and without a download
+	$(BIN)/gep demo $(if $(NMNIST),--nmnist "$(NMNIST)") $(if $(FAST),--fast)
+
+test: $(VENV)/.installed  ## the quick tests
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed  ## speed as ratios, one table a script
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python -m bench.represent
+	$(BIN)/python -m bench.engine
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
