@@ -1,0 +1,20 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real recordings (GEP_TEST_DATA, else ../shared/data beside the checkout), or a skip."""
+    given = os.environ.get("GEP_TEST_DATA")
+    folder = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(
+            f"no real recordings: {folder} is no folder; set GEP_TEST_DATA to the one that holds them"
+        )
+    return folder
