@@ -1,0 +1,1 @@
+"""Data sets as samples: recordings, the images paired with them, and sequences of both."""

@@ -1,0 +1,202 @@
+"""Batches addressed by index: which samples step s takes, and their randomness, are functions of (seed, s).
+
+That makes resuming arithmetic, and makes the global batch of a step the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from gep import distributed
+
+Sample = dict[str, Any]
+Batch = dict[str, Any]
+_STREAM = 0x6765  # keeps the samples' randomness apart from the order's, which has the same seed
+
+
+class SampleSource(Protocol):
+    """A map-style set of samples; `rng=None` asks for the one deterministic version used in evaluation."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator | None) -> Sample: ...
+
+
+class Order:
+    """An endless shuffled stream over N samples: position -> index, each epoch its own permutation.
+
+    Args:
+        num_samples: N.
+        seed: of the permutations.
+    """
+
+    def __init__(self, num_samples: int, seed: int):
+        self.num_samples = num_samples
+        self.seed = seed
+        self._epoch = -1
+        self._permutation = np.empty(0, dtype=np.int64)
+
+    def __call__(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_samples)
+        if epoch != self._epoch:
+            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+            self._epoch = epoch
+        return int(self._permutation[place])
+
+
+class Batches:
+    """What `engine.fit` iterates over: for each optimiser step, this rank's list of micro-batches.
+
+    Args:
+        source: samples.
+        collate: list of samples -> batch.
+        batch_size: samples of one optimiser step over all ranks and micro-batches.
+        accumulate: micro-batches a rank runs for one step.
+        seed: of order and augmentation.
+        rank, world_size: this process and how many there are.
+        num_workers: data processes; 0 loads in the training process. Has no effect on the values.
+    Raises:
+        ValueError: the batch does not divide over ranks and micro-batches, or is larger than the set.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        collate: Callable[[Sequence[Sample]], Batch],
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ):
+        if batch_size % (world_size * accumulate):
+            raise ValueError(
+                f"train.batch_size={batch_size} (of all ranks together) does not divide over {world_size} ranks × "
+                f"{accumulate} micro-batches; use a multiple of {world_size * accumulate}"
+            )
+        if len(source) < batch_size:
+            raise ValueError(
+                f"train.batch_size={batch_size} is more than the {len(source)} training samples; lower it"
+            )
+        self.source, self.collate = source, collate
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.num_workers = num_workers
+
+    @classmethod
+    def of_run(cls, source: SampleSource, collate: Callable[[Sequence[Sample]], Batch], train: Any) -> Batches:
+        """This rank's batches by a run's `TrainConfig` (batch_size, accumulate, seed, num_workers)."""
+        return cls(
+            source,
+            collate=collate,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            seed=train.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            num_workers=train.num_workers,
+        )
+
+    def __call__(self, start_step: int) -> Iterator[list[Batch]]:
+        """Yields the micro-batches of steps start_step, start_step + 1, … without end."""
+        micro_batches: Iterator[Batch]
+        reader = _Reader(self.source, self.collate, self.seed)
+        if self.num_workers == 0:
+            micro_batches = (reader[request] for request in self._requests(start_step))
+        else:
+            micro_batches = iter(
+                DataLoader(
+                    reader,
+                    batch_size=None,
+                    sampler=_Requests(self, start_step),
+                    num_workers=self.num_workers,
+                    pin_memory=torch.cuda.is_available(),
+                    multiprocessing_context="spawn" if torch.cuda.is_available() else None,
+                )
+            )
+        while True:
+            yield [next(micro_batches) for _ in range(self.accumulate)]
+
+    def _requests(self, start_step: int) -> Iterator[list[tuple[int, int]]]:
+        order = Order(len(self.source), self.seed)
+        micro = self.batch_size // (self.world_size * self.accumulate)
+        step = start_step
+        while True:
+            first = step * self.batch_size + self.rank * micro * self.accumulate
+            for part in range(self.accumulate):
+                positions = range(first + part * micro, first + (part + 1) * micro)
+                yield [(position, order(position)) for position in positions]
+            step += 1
+
+
+class _Requests:
+    """`DataLoader` wants a sampler object; its length is unknown, as the stream has no end."""
+
+    def __init__(self, batches: Batches, start_step: int):
+        self.batches, self.start_step = batches, start_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.batches._requests(self.start_step)
+
+
+class _Reader(TorchDataset):
+    def __init__(self, source: SampleSource, collate: Callable[[Sequence[Sample]], Batch], seed: int):
+        self.source, self.collate, self.seed = source, collate, seed
+
+    def __getitem__(self, request: Sequence[tuple[int, int]]) -> Batch:
+        return self.collate(
+            [
+                self.source.sample(index, np.random.default_rng([_STREAM, self.seed, position]))
+                for position, index in request
+            ]
+        )
+
+
+class EvaluationBatches:
+    """Every sample of a set once, over all ranks, without randomness.
+
+    Args:
+        source: samples.
+        collate: list of samples -> batch.
+        batch_size: samples a batch, on each rank.
+        rank, world_size: this process and how many there are.
+        indices: the samples to visit; all by default.
+
+    Iterating gives `(indices int64 (b,), batch)`; every rank sees the same number of batches, so that
+    collectives inside the loop match: ranks without a sample left repeat the last one, marked by index −1.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        collate: Callable[[Sequence[Sample]], Batch],
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        indices: Sequence[int] | None = None,
+    ):
+        self.source, self.collate, self.batch_size = source, collate, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.indices = list(range(len(source))) if indices is None else list(indices)
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, Batch]]:
+        width = self.batch_size * self.world_size
+        for start in range(0, len(self.indices), width):
+            row = self.indices[start : start + width]
+            mine = row[self.rank :: self.world_size]
+            count = -(-len(row) // self.world_size)
+            padded = mine + [row[-1]] * (count - len(mine))
+            marks = np.array(mine + [-1] * (count - len(mine)), dtype=np.int64)
+            yield marks, self.collate([self.source.sample(index, None) for index in padded])
