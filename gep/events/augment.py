@@ -1,0 +1,124 @@
+"""Augmentation: what may be done to a sample, and drawing it once for events, image, mask and depth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from gep.events.transform import Transform, centred
+
+__all__ = ["AugmentConfig", "Transform", "draw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What to draw from; every default leaves events as they are."""
+
+    height: int = 0
+    """Output rows; 0 = the sensor's."""
+    width: int = 0
+    """Output columns; 0 = the sensor's."""
+    fit: Literal["resize", "pad"] = "resize"
+    """How the output size is reached: resize the crop, or centre without resizing (pad or cut off)."""
+    crop_area_min: float = 1.0
+    """Smallest cropped fraction of the sensor's area, drawn from [this, 1]; needs fit=resize."""
+    crop_aspect_max: float = 1.0
+    """Largest change of the crop's aspect ratio, drawn from [1/this, this]; needs fit=resize."""
+    max_shift_px: int = 0
+    """Largest shift along x and y, whole sensor pixels; what moves in is empty."""
+    max_rotation_deg: float = 0.0
+    """Largest rotation about the centre, degrees."""
+    max_scale: float = 0.0
+    """Largest relative magnification or reduction about the centre, 0.1 = from 1/1.1 to 1.1."""
+    flip_x: float = 0.0
+    """Odds of mirroring left and right."""
+    flip_y: float = 0.0
+    """Odds of mirroring top and bottom."""
+    flip_polarity: float = 0.0
+    """Odds of exchanging ON and OFF."""
+    reverse_time: float = 0.0
+    """Odds of playing the sample backwards, which also exchanges ON and OFF."""
+    max_event_drop: float = 0.0
+    """Largest fraction of single events dropped, drawn from [0, this]."""
+    area_drop: float = 0.0
+    """Odds of dropping all events in a random box."""
+    area_drop_max: float = 0.3
+    """Largest side of that box, fraction of the output's side."""
+    time_drop: float = 0.0
+    """Odds of dropping all events in a random interval."""
+    time_drop_max: float = 0.3
+    """Largest length of that interval, fraction of the sample's span."""
+    max_noise: float = 0.0
+    """Largest number of uniform noise events added, fraction of a window's events."""
+
+    def __post_init__(self) -> None:
+        if self.fit not in ("resize", "pad"):
+            raise ValueError(f"fit = {self.fit!r} is not one of resize, pad")
+        for name in ("flip_x", "flip_y", "flip_polarity", "reverse_time", "max_event_drop", "area_drop",
+                     "area_drop_max", "time_drop", "time_drop_max"):  # fmt: skip
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be in [0, 1]")
+        for name in ("height", "width", "max_shift_px", "max_rotation_deg", "max_scale", "max_noise"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
+        if not 0 < self.crop_area_min <= 1:
+            raise ValueError(f"crop_area_min = {self.crop_area_min} must be in (0, 1]; 1 turns it off")
+        if not self.crop_aspect_max >= 1:
+            raise ValueError(f"crop_aspect_max = {self.crop_aspect_max} must be at least 1; 1 turns it off")
+        if self.fit == "pad" and (self.crop_area_min < 1 or self.crop_aspect_max > 1):
+            raise ValueError("crop_area_min and crop_aspect_max resize; with them set fit=resize")
+
+
+def draw(cfg: AugmentConfig, rng: np.random.Generator, height: int, width: int) -> Transform:
+    """Draws one sample's transform for a sensor of the given size.
+
+    The same numbers are drawn whatever is switched on, so that one option does not change another's draws.
+    """
+    size = (cfg.height or height, cfg.width or width)
+    u = rng.random(22)
+    seed = int(rng.integers(2**63))
+    if cfg.fit == "pad":
+        crop = centred((height, width), size)
+    else:
+        area = cfg.crop_area_min + (1 - cfg.crop_area_min) * u[0]
+        aspect = cfg.crop_aspect_max ** (2 * u[1] - 1)
+        rows = min(height, max(1, round(height * math.sqrt(area / aspect))))
+        columns = min(width, max(1, round(width * math.sqrt(area * aspect))))
+        crop = (int(u[2] * (height - rows + 1)), int(u[3] * (width - columns + 1)), rows, columns)
+    shift_y, shift_x = (int(v * (2 * cfg.max_shift_px + 1)) - cfg.max_shift_px for v in u[4:6])
+
+    box = (0, 0, 0, 0)
+    if u[10] < cfg.area_drop:
+        rows, columns = (round(v * cfg.area_drop_max * side) for v, side in zip(u[11:13], size))
+        box = (int(u[13] * (size[0] - rows + 1)), int(u[14] * (size[1] - columns + 1)), rows, columns)
+    interval = (0.0, 0.0)
+    if u[15] < cfg.time_drop:
+        length = float(u[16]) * cfg.time_drop_max
+        first = float(u[17]) * (1 - length)
+        interval = (first, first + length)
+    return Transform(
+        source=(height, width),
+        crop=(crop[0] - shift_y, crop[1] - shift_x, crop[2], crop[3]),
+        size=size,
+        rotation_deg=(2 * float(u[6]) - 1) * cfg.max_rotation_deg,
+        scale=(1 + cfg.max_scale) ** (2 * float(u[7]) - 1),
+        flip_x=bool(u[8] < cfg.flip_x),
+        flip_y=bool(u[9] < cfg.flip_y),
+        flip_polarity=bool(u[18] < cfg.flip_polarity),
+        reverse_time=bool(u[19] < cfg.reverse_time),
+        event_drop=float(u[20]) * cfg.max_event_drop,
+        area_drop=box,
+        time_drop=interval,
+        noise=float(u[21]) * cfg.max_noise,
+        seed=seed,
+    )
+
+
+def fit(source: tuple[int, int], size: tuple[int, int], how: str) -> Transform:
+    """The transform without randomness: from a sensor's (height, width) to a canvas, by "pad" or "resize"."""
+    if how not in ("pad", "resize"):
+        raise ValueError(f"fit = {how!r} is not one of pad, resize")
+    return Transform.pad(source, size) if how == "pad" else Transform.resize(source, size)
