@@ -48,7 +48,11 @@ def collect(
     chunks: dict[str, list[Tensor]] = {}
     order: list[np.ndarray] = []
     for marks, batch in tqdm(
-        batches, desc=title, disable=None if title and accelerator.is_main_process else True, leave=False, mininterval=1
+        batches,
+        desc=title,
+        disable=None if title and accelerator.is_main_process else True,
+        leave=False,
+        mininterval=1,
     ):
         with accelerator.autocast():
             outputs = function(to_device(batch, accelerator.device))

@@ -180,21 +180,21 @@ def test_wrong_sizes_are_named():
     with pytest.raises(ValueError, match="image is"):
         BASE.apply_image(np.zeros((3, 8, 8), np.uint8))
     with pytest.raises(ValueError, match="fit=resize"):
-        AugmentConfig(fit="pad", crop_area_min=0.5)
+        draw(AugmentConfig(crop_area_min=0.5), np.random.default_rng(0), (4, 6), how="pad")
     with pytest.raises(ValueError, match="flip_x"):
         AugmentConfig(flip_x=2)
 
 
 def test_draw_defaults_to_identity_and_covers_its_ranges():
     rng = np.random.default_rng(0)
-    assert dataclasses.replace(draw(AugmentConfig(), rng, 4, 6), seed=0) == BASE
-    cfg = AugmentConfig(fit="pad", height=36, width=36, max_shift_px=2, flip_x=0.5, max_scale=0.25)
-    drawn = [draw(cfg, rng, 34, 34) for _ in range(400)]
+    assert dataclasses.replace(draw(AugmentConfig(), rng, (4, 6)), seed=0) == BASE
+    cfg = AugmentConfig(max_shift_px=2, flip_x=0.5, max_scale=0.25)
+    drawn = [draw(cfg, rng, (34, 34), (36, 36), "pad") for _ in range(400)]
     assert {d.crop[0] for d in drawn} == {d.crop[1] for d in drawn} == {-3, -2, -1, 0, 1}
     assert abs(np.mean([d.flip_x for d in drawn]) - 0.5) < 0.1
     scales = [d.scale for d in drawn]
     assert 0.8 <= min(scales) < 0.82 and 1.22 < max(scales) <= 1.25
-    crops = [draw(AugmentConfig(crop_area_min=0.25), rng, 40, 80).crop for _ in range(300)]
+    crops = [draw(AugmentConfig(crop_area_min=0.25), rng, (40, 80)).crop for _ in range(300)]
     areas = [c[2] * c[3] / 3200 for c in crops]
     assert 0.24 < min(areas) < 0.3 and max(areas) > 0.95
     assert all(c[0] >= 0 and c[1] >= 0 and c[0] + c[2] <= 40 and c[1] + c[3] <= 80 for c in crops)
@@ -207,8 +207,7 @@ def test_any_draw_on_any_events_is_valid(data):
     unit = st.floats(0, 1)
     pad = data.draw(st.booleans())
     cfg = AugmentConfig(
-        height=data.draw(st.integers(0, 30)), width=data.draw(st.integers(0, 30)),
-        fit="pad" if pad else "resize", crop_area_min=1.0 if pad else data.draw(st.floats(0.01, 1)),
+        crop_area_min=1.0 if pad else data.draw(st.floats(0.01, 1)),
         crop_aspect_max=1.0 if pad else data.draw(st.floats(1, 3)), max_shift_px=data.draw(st.integers(0, 3)),
         max_rotation_deg=data.draw(st.sampled_from([0.0, 30.0])),
         max_scale=data.draw(st.sampled_from([0.0, 0.5])),
@@ -224,7 +223,8 @@ def test_any_draw_on_any_events_is_valid(data):
         x, y, p = (rng.integers(0, side, num) for side in (width, height, 2))
         windows.append(Events.from_arrays(t, x, y, p, height=height, width=width))
         bounds.append((1000 * index, 1000 * index + 1000))
-    transform = draw(cfg, rng, height, width)
+    size = (data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30)))
+    transform = draw(cfg, rng, (height, width), size, "pad" if pad else "resize")
     moved, edges = transform.apply_events(windows, np.array(bounds, np.int64).reshape(-1, 2))
     assert len(moved) == len(windows) and edges.shape == (len(windows), 2)
     for window, (t0, t1) in zip(moved, edges):

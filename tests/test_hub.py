@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 
 from gep import export
-from gep.data.paired import cut_windows
+from gep.events.slicing import cut_windows
 from gep.events import augment
 from gep.events.represent import Histogram
 from gep.events.types import EventBatch, Events

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +15,7 @@ from gep.data.sampler import Batch, Sample
 from gep.events import augment
 from gep.events.augment import AugmentConfig
 from gep.events.io import read_events
-from gep.events.slicing import Windows, by_bounds, into_windows
+from gep.events.slicing import Windows, cut_windows
 from gep.events.types import EventBatch, Events
 
 
@@ -139,24 +138,7 @@ class Recordings:
         config = self.config
         if rng is None:
             return augment.fit(sensor, (config.height, config.width), config.fit)
-        drawn = dataclasses.replace(config.augment, height=config.height, width=config.width, fit=config.fit)
-        return augment.draw(drawn, rng, *sensor)
-
-
-def cut_windows(events: Events, num: int, window_us: int, shift_us: int = 0) -> Windows:
-    """`num` windows from the first event on: of `window_us` each, or equal parts of the recording for 0.
-
-    Args:
-        events: one recording.
-        num: windows T, >= 1.
-        window_us: length in µs; 0 = equal parts.
-        shift_us: moves the first window's begin (with window_us only).
-    """
-    if window_us == 0:
-        return into_windows(events, num)
-    start = (int(events.t[0]) if len(events) else 0) + shift_us
-    edges = start + window_us * np.arange(num + 1, dtype=np.int64)
-    return by_bounds(events, np.stack([edges[:-1], edges[1:]], axis=1))
+        return augment.draw(config.augment, rng, sensor, (config.height, config.width), config.fit)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -164,7 +146,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
     bounds = np.concatenate([sample["t_us"] for sample in samples])
     batch: Batch = {
         "key": [sample["key"] for sample in samples],
-        "events": EventBatch.from_windows([window for sample in samples for window in sample["events"]], bounds),
+        "events": EventBatch.from_windows(
+            [window for sample in samples for window in sample["events"]], bounds
+        ),
         "windows": len(samples[0]["events"]),
         "t_us": torch.from_numpy(np.stack([sample["t_us"] for sample in samples])),
         "label": torch.tensor([sample["label"] for sample in samples]),

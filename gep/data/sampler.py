@@ -92,7 +92,9 @@ class Batches:
         self.num_workers = num_workers
 
     @classmethod
-    def of_run(cls, source: SampleSource, collate: Callable[[Sequence[Sample]], Batch], train: Any) -> Batches:
+    def of_run(
+        cls, source: SampleSource, collate: Callable[[Sequence[Sample]], Batch], train: Any
+    ) -> Batches:
         """This rank's batches by a run's `TrainConfig` (batch_size, accumulate, seed, num_workers)."""
         return cls(
             source,
@@ -119,6 +121,7 @@ class Batches:
                     sampler=_Requests(self, start_step),
                     num_workers=self.num_workers,
                     pin_memory=torch.cuda.is_available(),
+                    worker_init_fn=distributed.ignore_signals,
                     multiprocessing_context="spawn" if torch.cuda.is_available() else None,
                 )
             )

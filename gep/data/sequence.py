@@ -31,7 +31,9 @@ class SequenceConfig:
     def __post_init__(self) -> None:
         odds = self.odds
         if min(odds) < 0 or sum(odds) <= 0:
-            raise ValueError(f"sequence: odds {dict(zip(LAYOUTS, odds))} must be >= 0, and one of them above 0")
+            raise ValueError(
+                f"sequence: odds {dict(zip(LAYOUTS, odds))} must be >= 0, and one of them above 0"
+            )
 
     @property
     def odds(self) -> tuple[float, ...]:

@@ -10,23 +10,19 @@ import numpy as np
 
 from gep.events.transform import Transform, centred
 
-__all__ = ["AugmentConfig", "Transform", "draw"]
+__all__ = ["AugmentConfig", "Transform", "draw", "fit"]
+
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """What to draw from; every default leaves events as they are."""
 
-    height: int = 0
-    """Output rows; 0 = the sensor's."""
-    width: int = 0
-    """Output columns; 0 = the sensor's."""
-    fit: Literal["resize", "pad"] = "resize"
-    """How the output size is reached: resize the crop, or centre without resizing (pad or cut off)."""
     crop_area_min: float = 1.0
-    """Smallest cropped fraction of the sensor's area, drawn from [this, 1]; needs fit=resize."""
+    """Smallest cropped fraction of the sensor's area, drawn from [this, 1]; not with padding."""
     crop_aspect_max: float = 1.0
-    """Largest change of the crop's aspect ratio, drawn from [1/this, this]; needs fit=resize."""
+    """Largest change of the crop's aspect ratio, drawn from [1/this, this]; not with padding."""
     max_shift_px: int = 0
     """Largest shift along x and y, whole sensor pixels; what moves in is empty."""
     max_rotation_deg: float = 0.0
@@ -55,33 +51,48 @@ class AugmentConfig:
     """Largest number of uniform noise events added, fraction of a window's events."""
 
     def __post_init__(self) -> None:
-        if self.fit not in ("resize", "pad"):
-            raise ValueError(f"fit = {self.fit!r} is not one of resize, pad")
         for name in ("flip_x", "flip_y", "flip_polarity", "reverse_time", "max_event_drop", "area_drop",
                      "area_drop_max", "time_drop", "time_drop_max"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be in [0, 1]")
-        for name in ("height", "width", "max_shift_px", "max_rotation_deg", "max_scale", "max_noise"):
+        for name in ("max_shift_px", "max_rotation_deg", "max_scale", "max_noise"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
         if not 0 < self.crop_area_min <= 1:
             raise ValueError(f"crop_area_min = {self.crop_area_min} must be in (0, 1]; 1 turns it off")
         if not self.crop_aspect_max >= 1:
             raise ValueError(f"crop_aspect_max = {self.crop_aspect_max} must be at least 1; 1 turns it off")
-        if self.fit == "pad" and (self.crop_area_min < 1 or self.crop_aspect_max > 1):
-            raise ValueError("crop_area_min and crop_aspect_max resize; with them set fit=resize")
 
 
-def draw(cfg: AugmentConfig, rng: np.random.Generator, height: int, width: int) -> Transform:
-    """Draws one sample's transform for a sensor of the given size.
+def draw(
+    cfg: AugmentConfig,
+    rng: np.random.Generator,
+    source: Size,
+    size: Size | None = None,
+    how: Literal["resize", "pad"] = "resize",
+) -> Transform:
+    """Draws one sample's transform.
 
     The same numbers are drawn whatever is switched on, so that one option does not change another's draws.
+
+    Args:
+        cfg: what to draw from.
+        rng: where from.
+        source: (height, width) of the sensor.
+        size: (height, width) of the output; None = the sensor's.
+        how: resize the crop to the output, or centre the sensor in it pixel for pixel.
+    Raises:
+        ValueError: a crop, which has to be resized, together with padding.
     """
-    size = (cfg.height or height, cfg.width or width)
+    (height, width), size = source, size or source
     u = rng.random(22)
     seed = int(rng.integers(2**63))
-    if cfg.fit == "pad":
-        crop = centred((height, width), size)
+    if how == "pad":
+        if cfg.crop_area_min < 1 or cfg.crop_aspect_max > 1:
+            raise ValueError(
+                "augment.crop_area_min and crop_aspect_max resize; with them set data.fit=resize"
+            )
+        crop = centred(source, size)
     else:
         area = cfg.crop_area_min + (1 - cfg.crop_area_min) * u[0]
         aspect = cfg.crop_aspect_max ** (2 * u[1] - 1)
@@ -119,6 +130,17 @@ def draw(cfg: AugmentConfig, rng: np.random.Generator, height: int, width: int) 
 
 def fit(source: tuple[int, int], size: tuple[int, int], how: str) -> Transform:
     """The transform without randomness: from a sensor's (height, width) to a canvas, by "pad" or "resize"."""
+    if how not in ("pad", "resize"):
+        raise ValueError(f"fit = {how!r} is not one of pad, resize")
+    return Transform.pad(source, size) if how == "pad" else Transform.resize(source, size)
+
+
+def fit(source: Size, size: Size, how: str) -> Transform:
+    """The transform without randomness: from a sensor's (height, width) to an output's, by "pad" or "resize".
+
+    Raises:
+        ValueError: how is neither.
+    """
     if how not in ("pad", "resize"):
         raise ValueError(f"fit = {how!r} is not one of pad, resize")
     return Transform.pad(source, size) if how == "pad" else Transform.resize(source, size)

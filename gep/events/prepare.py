@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gep.events import augment
-from gep.events.slicing import Windows, by_bounds, into_windows
+from gep.events.slicing import Windows, by_bounds, cut_windows
 from gep.events.types import EventBatch, Events
 
 INPUT_KEYS = ("height", "width", "fit", "windows", "window_us", "num_events")
@@ -77,11 +77,7 @@ def _cut(events: Events, bounds: np.ndarray | None, settings: Mapping[str, Any],
     if bounds is None and limit and len(events) > limit:
         start = (len(events) - limit) // 2
         events = events[start : start + limit]
-    if bounds is None and window_us:
-        start = int(events.t[0]) if len(events) else 0
-        edges = start + window_us * np.arange(num + 1, dtype=np.int64)
-        bounds = np.stack([edges[:-1], edges[1:]], axis=1)
-    windows = into_windows(events, num) if bounds is None else by_bounds(events, bounds)
+    windows = cut_windows(events, num, window_us) if bounds is None else by_bounds(events, bounds)
     step = augment.fit(
         (events.height, events.width), (settings["height"], settings["width"]), settings["fit"]
     )

@@ -117,6 +117,22 @@ def into_windows(events: Events, num: int, *, t0: int | None = None, t1: int | N
     return by_bounds(events, np.stack([edges[:-1], edges[1:]], axis=1))
 
 
+def cut_windows(events: Events, num: int, window_us: int, shift_us: int = 0) -> Windows:
+    """`num` windows from the first event on: of `window_us` each, or equal parts of the recording for 0.
+
+    Args:
+        events: one recording.
+        num: windows T, >= 1.
+        window_us: length in µs; 0 = equal parts.
+        shift_us: moves the first window's begin (with window_us only).
+    """
+    if window_us == 0:
+        return into_windows(events, num)
+    start = (int(events.t[0]) if len(events) else 0) + shift_us
+    edges = start + window_us * np.arange(num + 1, dtype=np.int64)
+    return by_bounds(events, np.stack([edges[:-1], edges[1:]], axis=1))
+
+
 def _span(events: Events, t0: int | None, t1: int | None, empty: tuple[int, int]) -> tuple[int, int]:
     first, end = (int(events.t[0]), int(events.t[-1]) + 1) if len(events) else empty
     t0 = first if t0 is None else int(t0)

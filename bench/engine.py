@@ -1,0 +1,147 @@
+"""What fit() costs beside a bare loop over the same module, batches and optimiser: `python bench/engine.py`.
+
+Both train a copy of one task in one process, in blocks taken in turn (fit, bare, fit, ...): a busy spell
+hits both. fit logs every 10 steps and checks every step for NaN; the bare loop clips and steps, no more.
+The batches come from memory: what is measured is the engine, not the loader.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.common import print_header, print_table
+from gep.engine import TrainConfig, fit, make_accelerator
+from gep.models.encoder import EventEncoder
+from gep.models.presets import preset
+from gep.optim import OptimConfig, lr_at, make_optimizer, param_groups
+
+BLOCK = 10
+
+
+class TokenRegression(nn.Module):
+    """The encoder under a loss as cheap as any: mean squared error to fixed tokens."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        chosen = preset(name)
+        self.encoder = EventEncoder(chosen.arch, in_chans=2, img_size=chosen.img_size)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        tokens, _ = self.encoder(batch["x"])
+        loss = F.mse_loss(tokens, batch["target"])
+        return {"loss": loss, "token_rms": tokens.detach().square().mean().sqrt()}
+
+
+def main(argv: list[str] | None = None) -> float:
+    """Prints the table; returns the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="nano", help="encoder preset (nano)")
+    parser.add_argument("--batch", type=int, default=64, help="samples per step (64)")
+    parser.add_argument("--blocks", type=int, default=12, help=f"blocks of {BLOCK} steps of each kind (12)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    parser.add_argument(
+        "--precision", default="no", choices=["no", "bf16"], help="fit's and the bare loop's (no)"
+    )
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    fit_times, bare_times = measure(options)
+    ratio = statistics.median(fit_times) / statistics.median(bare_times)
+    print_header("Engine overhead", packages=("torch", "accelerate", "timm"))
+    rows = [
+        [name, f"{1e3 * statistics.median(times):.2f}", f"{1e3 * min(times):.2f}", f"{1e3 * max(times):.2f}"]
+        for name, times in (("fit", fit_times), ("bare loop", bare_times))
+    ]
+    print_table(["loop", "median [ms/step]", "min", "max"], rows)
+    print(f"{options.preset}, batch {options.batch}, {options.blocks} blocks of {BLOCK} steps of each kind")
+    print(f"**fit / bare loop = {ratio:.3f}** (target <= 1.05)")
+    return ratio
+
+
+def measure(options: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Seconds per step of each block of fit and of the bare loop; the first block of each warms up.
+
+    fit's last block is not measured either: it asks for no further batch, evaluates and saves.
+    """
+    steps = BLOCK * (options.blocks + 2)
+    train = TrainConfig(
+        steps=steps, batch_size=options.batch, log_every=BLOCK, save_every=0, precision=options.precision
+    )
+    optim = OptimConfig(lr=1e-4, warmup_steps=BLOCK)
+    fit_times: list[float] = []
+    bare_times: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = make_accelerator(train, folder)
+        task = TokenRegression(options.preset)
+        device = accelerator.device
+        batches = _batches(task, options.batch, device)
+        bare = BareLoop(copy.deepcopy(task).to(device), optim, steps, options.precision)
+
+        def in_turn(start: int) -> Iterator[list[dict[str, Tensor]]]:
+            """fit asks for a batch when its step has ended: there the bare loop gets its turn."""
+            for _ in range(options.blocks + 2):
+                begin = _now(device)
+                for step in range(BLOCK):
+                    yield [batches[step % len(batches)]]
+                fit_times.append((_now(device) - begin) / BLOCK)
+                begin = _now(device)
+                for step in range(BLOCK):
+                    bare.step(batches[step % len(batches)])
+                bare_times.append((_now(device) - begin) / BLOCK)
+
+        fit(task, in_turn, train=train, optim=optim, accelerator=accelerator, run_dir=folder)
+    return fit_times[1:], bare_times[1:]
+
+
+class BareLoop:
+    """Forward, backward, clip, step: what any loop has to do."""
+
+    def __init__(self, task: nn.Module, optim: OptimConfig, steps: int, precision: str) -> None:
+        self.task, self.optim, self.steps, self.done = task, optim, steps, 0
+        self.device_type = next(task.parameters()).device.type
+        self.bf16 = precision == "bf16"
+        groups = param_groups(task, lr=optim.lr, weight_decay=optim.weight_decay)
+        self.optimizer = make_optimizer(groups, optim)
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(self.done, self.steps, self.optim)
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
+            loss = self.task(batch)["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.task.parameters(), self.optim.clip_norm)
+        self.optimizer.step()
+        self.done += 1
+
+
+def _batches(task: TokenRegression, size: int, device: torch.device) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    height, width = task.encoder.config["img_size"]
+    rows, columns = task.encoder.grid(height, width)
+    found = []
+    for _ in range(4):
+        x = torch.randn(size, 2, height, width, generator=generator)
+        target = torch.randn(size, rows * columns, task.encoder.embed_dim, generator=generator)
+        found.append({"x": x.to(device), "target": target.to(device)})
+    return found
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

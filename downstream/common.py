@@ -1,0 +1,114 @@
+"""From a pretrained model and a batch to features, the same for every task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from gep.data.paired import Recordings, collate
+from gep.evaluate import collect
+from gep.hub import GEPModel
+
+Feature = Literal["all", "last"]
+
+
+@dataclass(frozen=True)
+class WindowFeatures:
+    """What a model says after each of T windows of a recording."""
+
+    window: Tensor
+    """(B, T, K): window t alone for an encoder; for a backbone, window t with all windows before it"""
+    image: Tensor
+    """(B, T, D): mean token in the image model's space, as `GEPModel.classify` takes it"""
+    has_past: bool
+    """whether window t has seen the windows before it"""
+
+    def pooled(self, feature: Feature, upto: int | None = None) -> Tensor:
+        """One feature a recording.
+
+        Args:
+            feature: "all" = mean over the windows; "last" = the last window.
+            upto: use the first so many windows only.
+        Returns:
+            (B, K) float32.
+        """
+        window = self.window[:, :upto]
+        return window[:, -1] if feature == "last" else window.mean(dim=1)
+
+    def early(self, upto: int) -> Tensor:
+        """What a model knows after `upto` windows: its newest state if that has seen the past, else the mean."""
+        return self.pooled("last" if self.has_past else "all", upto)
+
+
+def window_features(model: GEPModel, batch: dict[str, Any], *, use_backbone: bool = True) -> WindowFeatures:
+    """Features of every window of a batch.
+
+    Args:
+        model: exported model; its backbone is used where it has one.
+        batch: as `gep.data.paired.collate` gives it.
+        use_backbone: False reads the encoder alone.
+    """
+    frames = model.represent(batch["events"])
+    tokens, _ = model.encoder(frames)
+    tokens = tokens.float().unflatten(0, (-1, batch["windows"]))
+    if model.backbone is None or not use_backbone:
+        mean = tokens.mean(dim=2)
+        return WindowFeatures(mean, mean, has_past=False)
+    tokens = F.layer_norm(tokens, tokens.shape[-1:])
+    output = model.backbone(
+        tokens,
+        torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device),
+        batch["t_us"][..., 1],
+        model.encoder.grid(*frames.shape[-2:]),
+    )
+    image = output.image.float().mean(dim=2)
+    # The hidden state knows more than the image it predicts; both together probe best (docs/LOG.md).
+    hidden = output.hidden.float().mean(dim=2)
+    return WindowFeatures(torch.cat([image, hidden], dim=-1), image, has_past=True)
+
+
+def pixel_features(batch: dict[str, Any], cells: tuple[int, int], represent: Any) -> Tensor:
+    """Counted events on a coarse grid, per window and channel: the baseline that learns nothing.
+
+    Args:
+        batch: as `collate` gives it.
+        cells: rows and columns of the grid.
+        represent: ragged batch -> (B·T, C, H, W).
+    Returns:
+        (B, T · C · rows · columns) float32.
+    """
+    frames = represent(batch["events"])
+    pooled = F.adaptive_avg_pool2d(frames, cells).unflatten(0, (-1, batch["windows"]))
+    return pooled.flatten(1)
+
+
+def extract(
+    model: GEPModel,
+    source: Recordings,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    use_backbone: bool = True,
+    title: str | None = None,
+) -> tuple[WindowFeatures, Tensor]:
+    """Features of every recording of a set, in its order, on the CPU of every rank.
+
+    Returns:
+        The features (B = len(source)) and the labels int64 (B,).
+    """
+    model.eval()
+    has_past = model.backbone is not None and use_backbone
+
+    def rows(batch: dict[str, Any]) -> dict[str, Tensor]:
+        features = window_features(model, batch, use_backbone=use_backbone)
+        return {"window": features.window, "image": features.image, "label": batch["label"]}
+
+    found = collect(
+        rows, source, collate=collate, batch_size=batch_size, accelerator=accelerator, title=title
+    )
+    return WindowFeatures(found["window"].float(), found["image"].float(), has_past), found["label"]

@@ -1,0 +1,193 @@
+"""Recognition's configuration, its fine-tuning task, and the probes on frozen features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from downstream.common import Feature, window_features
+from downstream.heads import fit_linear_probe
+from downstream.metrics import mean_std, top_k_accuracy
+from gep.data.fewshot import draw_shots
+from gep.data.paired import DataConfig
+from gep.engine import TrainConfig
+from gep.hub import GEPModel
+from gep.optim import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Linear classifiers on frozen features."""
+
+    l2: float = 1e-2
+    """weight of ½‖W‖² beside the mean cross-entropy"""
+    shots: list[int] = field(default_factory=lambda: [1, 2, 5, 20, 50])
+    """labelled samples a class in the k-shot mode"""
+    draws: int = 5
+    """repetitions with other samples, for mean ± standard deviation"""
+    seed: int = 0
+    """of the draws"""
+
+    def __post_init__(self) -> None:
+        if self.l2 < 0:
+            raise ValueError(f"probe.l2={self.l2} is negative")
+        if self.draws < 1 or not self.shots or min(self.shots) < 1:
+            raise ValueError(f"probe.draws={self.draws} and probe.shots={self.shots} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecognitionConfig:
+    """Everything that a recognition run depends on."""
+
+    run: str = "runs/recognition"
+    """folder of this run: config, metrics, results, checkpoints, export"""
+    model: str = "runs/stage2/export"
+    """exported model (a folder or a Hub id); its representation and input size are taken over"""
+    mode: Literal["probe", "kshot", "zero_shot", "finetune", "scratch"] = "probe"
+    """linear probe, k-shot probe, zero-shot, fine-tuning, or the same architecture from random weights"""
+    feature: Literal["all", "last"] = "last"
+    """what the classifier reads: the mean over all windows, or the last window"""
+    use_backbone: bool = True
+    """false = the encoder alone, also where the model has a backbone"""
+    data: DataConfig = field(default_factory=DataConfig)
+    shots: int = 0
+    """fine-tune with so many labelled samples a class; 0 = all"""
+    draw: int = 0
+    """which draw of those samples"""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    encoder_lr: float = 0.1
+    """the encoder's learning rate as a share of optim.lr; 0 freezes it"""
+    backbone_lr: float = 0.3
+    """the backbone's learning rate as a share of optim.lr; 0 freezes it"""
+    label_smoothing: float = 0.1
+    """of the fine-tuning cross-entropy"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("encoder_lr", "backbone_lr", "label_smoothing", "shots", "draw"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative")
+        if self.mode == "scratch" and self.encoder_lr == 0:
+            raise ValueError(
+                "encoder_lr=0 would leave random weights untrained in mode=scratch; use encoder_lr=1"
+            )
+
+
+class FinetuneTask(nn.Module):
+    """A model with a linear classifier, trained together.
+
+    Args:
+        model: encoder, and backbone where there is one.
+        num_classes: C.
+        feature, use_backbone: what the classifier reads.
+        label_smoothing: of the cross-entropy.
+    """
+
+    def __init__(
+        self,
+        model: GEPModel,
+        num_classes: int,
+        *,
+        feature: Feature,
+        use_backbone: bool = True,
+        label_smoothing: float = 0.1,
+    ):
+        super().__init__()
+        self.represent = model.represent
+        self.encoder = model.encoder
+        self.backbone = model.backbone if use_backbone else None
+        # The classifier does not read them; without a gradient they would make DDP wait for one.
+        if self.encoder.head is not None:
+            self.encoder.head.requires_grad_(False)
+        if self.backbone is not None:
+            self.backbone.next_head.requires_grad_(False)
+        self.feature: Feature = feature
+        self.label_smoothing = label_smoothing
+        dim = self.encoder.embed_dim + (self.backbone.width if self.backbone is not None else 0)
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def logits(self, batch: dict[str, Any]) -> Tensor:
+        """(B, C) of a batch."""
+        features = window_features(self, batch).pooled(self.feature)
+        return self.head(self.norm(features))
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """{"loss", "accuracy"} of a batch with `label`."""
+        logits = self.logits(batch)
+        loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
+        accuracy = (logits.argmax(dim=-1) == batch["label"]).float().mean()
+        return {"loss": loss, "accuracy": accuracy.detach()}
+
+
+def probe(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, config: ProbeConfig
+) -> dict[str, float]:
+    """Linear probe on all labelled features.
+
+    Args:
+        train, test: (features (N, D), labels (N,)).
+    Returns:
+        top1 and top5 in percent.
+    """
+    fitted = fit_linear_probe(*train, num_classes, l2=config.l2)
+    logits = fitted(test[0])
+    return {"top1": top_k_accuracy(logits, test[1]), "top5": top_k_accuracy(logits, test[1], k=5)}
+
+
+def kshot(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor] | None, num_classes: int, config: ProbeConfig
+) -> dict[str, list[float] | None]:
+    """k-shot probes: k labelled samples a class, several draws.
+
+    Args:
+        train: (features (N, D), labels (N,)) to draw from.
+        test: to evaluate on; None = in each draw, whatever was not drawn.
+    Returns:
+        str(k) -> [mean, standard deviation] of top-1 in percent; None where a class has too few samples for k.
+    """
+    features, labels = train
+    smallest = int(np.bincount(labels.numpy())[np.unique(labels.numpy())].min())
+    table: dict[str, list[float] | None] = {}
+    for shots in config.shots:
+        if smallest <= shots:
+            table[str(shots)] = None
+            continue
+        accuracies = []
+        for draw in range(config.draws):
+            chosen, rest = draw_shots(labels.numpy(), shots, seed=config.seed, draw=draw)
+            fitted = fit_linear_probe(features[chosen], labels[chosen], num_classes, l2=config.l2)
+            on = (features[rest], labels[rest]) if test is None else test
+            accuracies.append(top_k_accuracy(fitted(on[0]), on[1]))
+        table[str(shots)] = mean_std(accuracies)
+    return table
+
+
+def zero_shot(model: GEPModel, image: Tensor, labels: Tensor) -> float:
+    """Top-1 (%) of the model's own class vectors on features in the image model's space.
+
+    Raises:
+        ValueError: the model was exported without class vectors.
+    """
+    logits = model.classify(image)
+    if logits is None:
+        raise ValueError(
+            f"mode=zero_shot: the model has no class vectors; its teacher knew no classes ({type(model).__name__})"
+        )
+    return top_k_accuracy(logits.cpu(), labels)
+
+
+def reinitialise(model: GEPModel, seed: int) -> None:
+    """Gives encoder and backbone fresh random weights: the from-scratch baseline of the same architecture."""
+    torch.manual_seed(seed)
+    model.encoder = type(model.encoder)(**model.encoder.config).to(model.device)
+    if model.backbone is not None:
+        model.backbone = type(model.backbone)(**model.backbone.config).to(model.device)

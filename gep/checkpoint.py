@@ -1,0 +1,335 @@
+"""Resume state of a run: what a run folder holds, and how a run finds its way back into it.
+
+    config.yaml   commit.txt   metrics.jsonl   speed.jsonl
+    checkpoints/step_000100/   accelerate's state, meters_<rank>.json, trainer.json, last of all `complete`
+
+A checkpoint without its `complete` marker, or whose files are not of the size the marker lists, does not
+count.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+
+from gep import config, distributed
+
+# Fields that do not change results: a run may be resumed with other values. Named by the end of the dotted
+# name.
+MAY_DIFFER = (
+    "run",
+    "run_dir",
+    "num_workers",
+    "train.resume",
+    "train.log_every",
+    "train.progress",
+    "train.trackers",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.compile",
+)
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written or read; the message names the path and the way out."""
+
+
+def prepare_run_dir(run_dir: str | os.PathLike[str], cfg: Any, *, may_differ: Sequence[str] = ()) -> Path:
+    """Make a run folder with config.yaml and commit.txt, or check that an existing one fits the
+    configuration.
+
+    Call it on every rank, after the accelerator exists.
+
+    Args:
+        run_dir: the folder; made where missing.
+        cfg: the root dataclass; `cfg.train.resume` is honoured where there is one.
+        may_differ: further ends of dotted names that do not change results.
+    Returns:
+        run_dir as a Path.
+    Raises:
+        ValueError: the folder holds a run of another configuration, or any run under resume="never".
+    """
+    run_dir = Path(run_dir)
+    problem = None
+    if distributed.is_main():
+        if has_progress(run_dir):
+            problem = _overwrite_problem(run_dir, getattr(getattr(cfg, "train", None), "resume", "auto"))
+            path = run_dir / "config.yaml"
+            if problem is None and path.is_file():
+                old, new = OmegaConf.load(path), OmegaConf.create(config.dump(cfg))
+                problem = difference(
+                    OmegaConf.to_container(old), OmegaConf.to_container(new), path, may_differ
+                )
+        if problem is None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            config.save(cfg, run_dir / "config.yaml")
+            _note_commit(run_dir / "commit.txt")
+    problem = distributed.gather_objects(problem)[0]
+    if problem is not None:
+        raise ValueError(problem)
+    return run_dir
+
+
+def has_progress(run_dir: Path) -> bool:
+    """True where a run has already written results."""
+    metrics = run_dir / "metrics.jsonl"
+    return bool(find(run_dir)) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def refuse_overwrite(run_dir: Path, resume: str) -> None:
+    """Raise ValueError if resume is "never" and the folder already holds results."""
+    problem = _overwrite_problem(run_dir, resume) if has_progress(run_dir) else None
+    problem = distributed.gather_objects(problem)[0]
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], source: Path, may_differ: Sequence[str] = ()
+) -> str | None:
+    """What to tell a user whose settings would change the results of a run begun with others, or None."""
+    before, after = _flat(old), _flat(new)
+    free = (*MAY_DIFFER, *may_differ)
+    lines = []
+    for name in sorted({*before, *after}):
+        absent = "(absent)"
+        was, now = before.get(name, absent), after.get(name, absent)
+        if was != now and not any(f".{name}".endswith(f".{end}") for end in free):
+            lines.append(f"  {name}: {was} there, {now} now")
+    if not lines:
+        return None
+    return (
+        f"{source} was written by a run with other settings:\n" + "\n".join(lines) + "\n"
+        "Choose another run folder for the new settings, or give the old ones to resume; to start over in "
+        "this folder, move or delete it first"
+    )
+
+
+def find(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, newest first."""
+    folders = sorted((run_dir / "checkpoints").glob("step_*"), key=_step, reverse=True)
+    return [folder for folder in folders if (folder / "complete").is_file()]
+
+
+def save(
+    accelerator: Accelerator,
+    run_dir: Path,
+    step: int,
+    *,
+    trainer: dict,
+    meters: list,
+    keep: int,
+    size_hint: int,
+) -> Path:
+    """Save the whole training state; on every rank.
+
+    Args:
+        accelerator: holds the prepared module, optimiser and scaler.
+        run_dir: the run's folder.
+        step: optimiser steps done.
+        trainer: JSON values of the trainer, the same on all ranks.
+        meters: JSON values of this rank.
+        keep: number of checkpoints to keep; 0 keeps all. Older ones go only after the new one is complete.
+        size_hint: bytes a checkpoint is expected to take, for the message about a full disk.
+    Raises:
+        CheckpointError: it could not be written (on all ranks). The partial one is removed, earlier ones
+            stay.
+    """
+    folder = run_dir / "checkpoints" / f"step_{step:06d}"
+
+    def make_folder() -> None:
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    def write_state() -> None:
+        accelerator.save_state(str(folder))
+        (folder / f"meters_{distributed.rank()}.json").write_text(json.dumps(meters))
+
+    def finish() -> None:
+        if distributed.is_main():
+            (folder / "trainer.json").write_text(json.dumps(trainer, indent=1))
+            _mark_complete(folder)
+            _prune(run_dir, keep)
+
+    # Ranks meet after each part, so that one rank's full disk does not leave the others waiting.
+    for part in (make_folder, write_state, finish):
+        failure = None
+        try:
+            part()
+        except Exception as error:  # torch and safetensors wrap a full disk in types of their own
+            failure = error
+        if distributed.all_agree(failure is not None):
+            _fail_together(failure, folder, size_hint)
+    return folder
+
+
+def resume(accelerator: Accelerator, run_dir: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Load the newest checkpoint that can be loaded; on every rank.
+
+    Args:
+        accelerator: holds the prepared module, optimiser and scaler, which take up the saved state.
+        run_dir: the run's folder.
+        settings: what the checkpoint's trainer["settings"] must agree with, but for MAY_DIFFER.
+    Returns:
+        The trainer's values with this rank's "meters" added, or None where there is no checkpoint.
+    Raises:
+        CheckpointError: there are checkpoints and none can be loaded.
+        ValueError: the run was begun with other settings.
+    """
+    candidates = distributed.gather_objects(find(run_dir))[0]
+    newest = _step(candidates[0]) if candidates else -1
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        if not (folder / "complete").is_file() and _step(folder) > newest:
+            _warn(f"{folder} is incomplete (the run was ended while saving); taking the one before")
+    causes = []
+    for folder in candidates:
+        problem = failure = None
+        try:
+            _check_sizes(folder)
+            trainer = json.loads((folder / "trainer.json").read_text())
+            problem = difference(trainer["settings"], settings, folder)
+            if problem is None:
+                accelerator.load_state(str(folder))
+            meters = folder / f"meters_{distributed.rank()}.json"
+            if trainer["world_size"] == distributed.world_size():
+                trainer["meters"] = json.loads(meters.read_text())
+            else:
+                trainer["meters"] = []
+                _warn(
+                    f"{folder} was saved by {trainer['world_size']} processes, this run has "
+                    f"{distributed.world_size()}: it goes on, but not bit for bit"
+                )
+        except Exception as error:  # whatever a damaged file makes a reader raise
+            failure = error
+        if problem is not None:
+            raise ValueError(problem)
+        if not distributed.all_agree(failure is not None):
+            return trainer
+        causes.append(_first_line(failure))
+        _warn(f"{folder} cannot be loaded ({causes[-1]}); taking the one before")
+    if candidates:
+        raise CheckpointError(
+            f"none of the {len(candidates)} checkpoints in {run_dir / 'checkpoints'} can be loaded "
+            f"(newest: {causes[0]}); put one back, or move the run folder away to start over"
+        )
+    return None
+
+
+def _mark_complete(folder: Path) -> None:
+    sizes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        sizes[str(path.relative_to(folder))] = path.stat().st_size
+        _fsync(path)
+    marker = folder / "complete"
+    marker.write_text(json.dumps(sizes))
+    _fsync(marker)
+    _fsync(folder)
+
+
+def _check_sizes(folder: Path) -> None:
+    for name, size in json.loads((folder / "complete").read_text()).items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else -1
+        if found != size:
+            raise CheckpointError(
+                f"{name} has {found} bytes, not {size}" if found >= 0 else f"{name} is missing"
+            )
+
+
+def _prune(run_dir: Path, keep: int) -> None:
+    complete = find(run_dir)
+    newest = _step(complete[0])
+    stale = complete[keep:] if keep > 0 else []
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        if folder in stale or (folder not in complete and _step(folder) < newest):
+            # The marker goes first: a half-removed folder must not look complete.
+            (folder / "complete").unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fail_together(failure: Exception | None, folder: Path, size_hint: int) -> None:
+    existing = next(p for p in folder.absolute().parents if p.is_dir())
+    free = shutil.disk_usage(existing).free
+    cause = next(c for c in distributed.gather_objects(_first_line(failure) if failure else None) if c)
+    if free < max(size_hint, 1 << 20):  # torch's own words do not say so
+        cause = f"the disk is full ({cause})"
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(existing).free
+    raise CheckpointError(
+        f"could not save {folder}: {cause}. A checkpoint takes about {size_hint / 1e6:.3g} MB, "
+        f"{free / 1e6:.3g} MB are free there. The partial checkpoint was removed, earlier ones and the "
+        "metrics are untouched: free space and start the same command again to resume"
+    ) from failure
+
+
+def _overwrite_problem(run_dir: Path, resume: str) -> str | None:
+    if resume != "never":
+        return None
+    return (
+        f"{run_dir} already holds a run and train.resume is never; move or delete the folder, choose another "
+        "run folder, or set train.resume=auto to go on with it"
+    )
+
+
+def _note_commit(path: Path) -> None:
+    """The commit the code is at, "+changes" where the working tree differs; a line whenever that is new."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=20, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        line = git("rev-parse", "HEAD") + (" +changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        line = "not a git checkout"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    if lines and lines[-1] != line:
+        _warn(f"the run was begun at commit {lines[-1]}, the code is now at {line}")
+    if not lines or lines[-1] != line:
+        path.write_text("\n".join([*lines, line]) + "\n")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        result |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return result
+
+
+def _step(folder: Path) -> int:
+    digits = folder.name.removeprefix("step_")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _first_line(error: Exception | None) -> str:
+    if error is None:
+        return "another rank could not"
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    # torch lists what does not fit from the second line on.
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _warn(message: str) -> None:
+    if distributed.is_main():
+        print(f"warning: {message}", file=sys.stderr, flush=True)

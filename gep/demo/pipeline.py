@@ -1,0 +1,209 @@
+"""`gep demo`: images → stand-in teacher → simulated events → stage 1 → stage 2 → probes → export → report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stage1_align.run
+import stage2_autoregress.run
+from gep import distributed
+from gep.data.labelled import list_recordings
+from gep.data.listing import Listing
+from gep.data.sampler import Batches
+from gep.demo import evaluation, report
+from gep.demo.digits import Digits, training_digits
+from gep.demo.recordings import simulate_digits
+from gep.demo.standin import DigitImages, StandInTask, build_model, collate_digits
+from gep.engine import TrainConfig, fit, make_accelerator
+from gep.evaluate import collect
+from gep.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long each step of the demo trains, and on how much it is tested."""
+
+    teacher_steps: int
+    copies: int
+    stage1_steps: int
+    stage2_steps: int
+    scratch_steps: int
+    scratch_draws: int
+    num_test: int
+
+
+FULL = Size(1400, 2, 800, 500, 60, 5, 800)
+FAST = Size(250, 1, 150, 80, 15, 2, 200)
+
+
+@dataclass
+class Demo:
+    """One run of the demo.
+
+    Args:
+        out: folder of all results; earlier results of the demo in it are replaced.
+        nmnist: root of real N-MNIST recordings to evaluate on; None = simulated ones of reserved digits.
+        size: how long to train.
+        seed: of everything.
+    """
+
+    out: Path
+    nmnist: Path | None = None
+    size: Size = FULL
+    seed: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> dict[str, Any]:
+        """Runs every step; returns what is written to results.json."""
+        torch.manual_seed(self.seed)
+        recordings = [] if self.nmnist is None else real_recordings(self.nmnist)
+        train, reserved = training_digits(recordings)
+        self.out.mkdir(parents=True, exist_ok=True)
+        for name in ("teacher", "data", "stage1", "stage2", "scratch"):
+            if (self.out / name).exists():
+                shutil.rmtree(self.out / name)
+        with self._timed("teacher"):
+            teacher = self._teacher(train, reserved)
+        with self._timed("simulate"):
+            simulate_digits(
+                train, self.out / "data" / "train", split="train", copies=self.size.copies, seed=self.seed
+            )
+            if not recordings:
+                test = _spread(reserved, self.size.num_test)
+                simulate_digits(test, self.out / "data" / "test", split="train", copies=1, seed=self.seed + 1)
+        data = [f"data.root={self.out / 'data' / 'train'}", f"teacher.name=export:{teacher}"]
+        seed = f"train.seed={self.seed}"
+        with self._timed("stage1"):
+            stage1 = stage1_align.run.main(
+                [
+                    _config("stage1"),
+                    *data,
+                    seed,
+                    f"run={self.out / 'stage1'}",
+                    f"train.steps={self.size.stage1_steps}",
+                ]
+            )
+        with self._timed("stage2"):
+            stage2 = stage2_autoregress.run.main(
+                [
+                    _config("stage2"),
+                    *data,
+                    seed,
+                    f"run={self.out / 'stage2'}",
+                    f"model={self.out / 'stage1' / 'export'}",
+                    f"train.steps={self.size.stage2_steps}",
+                ]
+            )
+        listing = (
+            recordings[0] if recordings else list_recordings("nmnist", self.out / "data" / "test", "train")
+        )
+        found = evaluation.evaluate(
+            listing.subset(_evenly(len(listing), self.size.num_test), listing.split),
+            folder=self.out,
+            size=self.size,
+            seed=self.seed,
+            timed=self._timed,
+        )
+        results = {
+            "recognition": {
+                "source": "real recordings" if recordings else "simulated recordings",
+                **found.table,
+            },
+            "stage1": {
+                "r1": stage1["eval/event_to_image_r1"],
+                "r5": stage1["eval/event_to_image_r5"],
+                "token_cosine": stage1["eval/token_cosine"],
+            },
+            "stage2": {
+                name: stage2[f"eval/{name}"]
+                for name in ("loss", "copy_previous", "mean_token", "predicted_image_r1")
+            },
+            "seconds": self.seconds,
+        }
+        with self._timed("report"):
+            report.write(self.out, results, found.pictures, teacher_accuracy=self._teacher_accuracy)
+        _write_json(self.out / "results.json", results)
+        return results
+
+    def _teacher(self, train: Digits, reserved: Digits) -> Path:
+        """Trains and exports the stand-in image model; returns the export."""
+        settings = TrainConfig(
+            steps=self.size.teacher_steps, batch_size=64, seed=self.seed, log_every=10, save_every=0
+        )
+        accelerator = make_accelerator(settings, self.out / "teacher")
+        model = build_model()
+        task = StandInTask(model)
+
+        def evaluate(_: torch.nn.Module, step: int) -> dict[str, float]:
+            rows = collect(
+                lambda batch: {"right": (task.logits(batch).argmax(dim=1) == batch["label"]).float()},
+                DigitImages(reserved),
+                collate=collate_digits,
+                batch_size=100,
+                accelerator=accelerator,
+            )
+            return {"accuracy_on_unseen_digits": 100 * rows["right"].mean().item()}
+
+        metrics = fit(
+            task,
+            Batches.of_run(DigitImages(train), collate_digits, settings),
+            train=settings,
+            optim=OptimConfig(lr=2e-3, weight_decay=0.05, warmup_steps=50),
+            accelerator=accelerator,
+            run_dir=self.out / "teacher",
+            evaluate=evaluate,
+        )
+        self._teacher_accuracy = metrics["eval/accuracy_on_unseen_digits"]
+        return model.save(self.out / "teacher" / "export", metrics=metrics)
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        if distributed.is_main():
+            print(f"── {step}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = round(time.perf_counter() - start, 1)
+
+
+def real_recordings(root: Path) -> list[Listing]:
+    """The N-MNIST recordings below `root` to evaluate on: the training split's where there is one, else the test's.
+
+    Raises:
+        FileNotFoundError: no such folder, or neither split in it.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"NMNIST={root}: no such folder; it should hold Train/<digit>/*.bin")
+    for split in ("train", "test"):
+        if (root / split.capitalize()).is_dir():
+            return [list_recordings("nmnist", root, split)]
+    raise FileNotFoundError(
+        f"NMNIST={root}: neither Train/ nor Test/ in it; it should hold Train/<digit>/*.bin"
+    )
+
+
+def _config(stage: str) -> str:
+    return str(resources.files("gep.demo").joinpath(f"{stage}.yaml"))
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """At most `most` indices, spread evenly."""
+    kept = min(count, most)
+    return [index * count // kept for index in range(kept)]
+
+
+def _spread(digits: Digits, most: int) -> Digits:
+    return digits.subset(torch.tensor(_evenly(len(digits), most)).numpy())
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

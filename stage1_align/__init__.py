@@ -1,0 +1,1 @@
+"""Stage 1: aligns an event encoder with a frozen image model."""

@@ -1,0 +1,70 @@
+"""Stage 1 from the command line.
+
+accelerate launch stage1_align/run.py configs/stage1/nmnist.yaml data.root=DIR optim.lr=3e-4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from gep import config
+from gep.checkpoint import prepare_run_dir
+from gep.data.paired import build, collate
+from gep.data.sampler import Batches
+from gep.engine import fit, make_accelerator
+from gep.evaluate import collect
+from gep.hub import GEPModel
+from stage1_align.task import Stage1Config, Stage1Task, evaluate_alignment
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Aligns an encoder with its teacher and exports it; returns the final metrics."""
+    cfg = config.load(Stage1Config, argv)
+    accelerator = make_accelerator(cfg.train, cfg.run)
+    train_set, eval_set = build(cfg.data, paired=True)
+    represent = cfg.represent.build()
+    teacher = cfg.teacher.build(encoder_preset=cfg.encoder.preset, device=accelerator.device)
+    encoder = cfg.encoder.build(
+        in_chans=represent.channels, size=(cfg.data.height, cfg.data.width), head_dim=teacher.pooled_dim
+    )
+    accelerator.print(f"train on {train_set.listing.describe()}\nevaluate on {eval_set.listing.describe()}")
+    if cfg.encoder.init == "teacher":
+        if teacher.visual is None:
+            raise ValueError(f"encoder.init=teacher: {teacher.visual_reason}; set encoder.init=random")
+        accelerator.print(encoder.init_from(teacher.visual))
+    run_dir = prepare_run_dir(cfg.run, cfg, may_differ=("run", "data.root"))
+    task = Stage1Task(encoder, teacher, represent, cfg.loss)
+
+    def evaluate(_: nn.Module, step: int) -> dict[str, float]:
+        rows = collect(
+            task.features,
+            eval_set,
+            collate=collate,
+            batch_size=cfg.train.batch_size // accelerator.num_processes,
+            accelerator=accelerator,
+        )
+        return evaluate_alignment(rows)
+
+    metrics = fit(
+        task,
+        Batches.of_run(train_set, collate, cfg.train),
+        train=cfg.train,
+        optim=cfg.optim,
+        accelerator=accelerator,
+        run_dir=run_dir,
+        evaluate=evaluate,
+    )
+    if accelerator.is_main_process:
+        model = GEPModel.from_parts(encoder, represent, cfg.data, teacher=teacher)
+        model.save_pretrained(
+            Path(run_dir) / "export", metrics=metrics, data={"train": train_set.listing.describe()}
+        )
+    accelerator.print({name: round(value, 4) for name, value in metrics.items()})
+    return metrics
+
+
+if __name__ == "__main__":
+    config.run_cli(main)

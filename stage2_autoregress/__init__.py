@@ -1,0 +1,1 @@
+"""Stage 2: autoregressive pretraining on event and image tokens."""

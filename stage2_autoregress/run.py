@@ -1,0 +1,68 @@
+"""Stage 2 from the command line.
+
+accelerate launch stage2_autoregress/run.py configs/stage2/nmnist.yaml model=runs/nmnist/stage1/export data.root=DIR
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import nn
+
+from gep import config
+from gep.checkpoint import prepare_run_dir
+from gep.data.paired import build
+from gep.data.sampler import Batches
+from gep.data.sequence import Sequences, collate_sequences
+from gep.engine import fit, make_accelerator
+from gep.evaluate import collect
+from gep.hub import GEPModel
+from stage2_autoregress.task import Stage2Config, Stage2Task, evaluate_prediction
+from stage2_autoregress.tokens import FrozenTokens
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Trains a backbone on the tokens of a stage-1 export and exports both; returns the final metrics."""
+    cfg = config.load(Stage2Config, argv)
+    accelerator = make_accelerator(cfg.train, cfg.run)
+    model = GEPModel.from_pretrained(cfg.model).to(accelerator.device)
+    # The encoder fixes what its input looks like; a config that says otherwise would feed it the wrong thing.
+    data = dataclasses.replace(cfg.data, **model.input_settings)
+    train_set, eval_set = build(data, paired=True)
+    accelerator.print(f"train on {train_set.listing.describe()}\nevaluate on {eval_set.listing.describe()}")
+    teacher = cfg.teacher.build(encoder_preset=model.preset, device=accelerator.device)
+    run_dir = prepare_run_dir(cfg.run, cfg, may_differ=("run", "data.root", "model"))
+    backbone = cfg.backbone.build(model.encoder.embed_dim)
+    task = Stage2Task(backbone, FrozenTokens(model.encoder, teacher, model.represent), cfg.loss)
+
+    def evaluate(_: nn.Module, step: int) -> dict[str, float]:
+        rows = collect(
+            task.evaluate,
+            Sequences(eval_set, cfg.sequence),
+            collate=collate_sequences,
+            batch_size=max(1, cfg.train.batch_size // accelerator.num_processes),
+            accelerator=accelerator,
+        )
+        return evaluate_prediction(rows)
+
+    metrics = fit(
+        task,
+        Batches.of_run(Sequences(train_set, cfg.sequence), collate_sequences, cfg.train),
+        train=cfg.train,
+        optim=cfg.optim,
+        accelerator=accelerator,
+        run_dir=run_dir,
+        evaluate=evaluate,
+    )
+    if accelerator.is_main_process:
+        model.backbone = backbone
+        model.save_pretrained(
+            run_dir / "export", metrics=metrics, data={"train": train_set.listing.describe()}
+        )
+    accelerator.print({name: round(value, 4) for name, value in metrics.items()})
+    return metrics
+
+
+if __name__ == "__main__":
+    config.run_cli(main)
