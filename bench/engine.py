@@ -50,9 +50,7 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("--batch", type=int, default=64, help="samples per step (64)")
     parser.add_argument("--blocks", type=int, default=12, help=f"blocks of {BLOCK} steps of each kind (12)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
-    parser.add_argument(
-        "--precision", default="no", choices=["no", "bf16"], help="fit's and the bare loop's (no)"
-    )
+    parser.add_argument("--precision", default="no", choices=["no", "bf16"], help="fit's and the bare loop's (no)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     fit_times, bare_times = measure(options)

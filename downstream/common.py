@@ -108,7 +108,5 @@ def extract(
         features = window_features(model, batch, use_backbone=use_backbone)
         return {"window": features.window, "image": features.image, "label": batch["label"]}
 
-    found = collect(
-        rows, source, collate=collate, batch_size=batch_size, accelerator=accelerator, title=title
-    )
+    found = collect(rows, source, collate=collate, batch_size=batch_size, accelerator=accelerator, title=title)
     return WindowFeatures(found["window"].float(), found["image"].float(), has_past), found["label"]

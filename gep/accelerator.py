@@ -1,6 +1,7 @@
 """How a run is set up: its length and precision, and the accelerator that carries it."""
 
 import argparse
+import ctypes
 import os
 import sys
 from collections.abc import Mapping
@@ -86,6 +87,7 @@ def make_accelerator(
         ValueError: fp16 without a GPU, or a batch size that does not divide over the processes.
     """
     _start_cpu_processes()
+    _keep_freed_memory()
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = train.precision if launched == "no" else launched
     # One process may run several stages: the process group stays, the precision may change.
@@ -99,9 +101,7 @@ def make_accelerator(
         # fit counts micro-batches itself; accelerate must not divide by its own count as well.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True
-            )
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True)
         ],
     )
     if precision == "fp16" and accelerator.device.type == "cpu":
@@ -194,8 +194,20 @@ def _load_bare_names(models: list[nn.Module], folder: str) -> None:
 def set_up_deepspeed(accelerator: Accelerator, train: TrainConfig, clip_norm: float) -> None:
     """DeepSpeed counts, clips and divides by itself: give it fit's numbers."""
     settings = accelerator.deepspeed_plugin.deepspeed_config
-    settings["train_micro_batch_size_per_gpu"] = train.batch_size // (
-        accelerator.num_processes * train.accumulate
-    )
+    settings["train_micro_batch_size_per_gpu"] = train.batch_size // (accelerator.num_processes * train.accumulate)
     settings["gradient_accumulation_steps"] = 1
     settings["gradient_clipping"] = clip_norm
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what tensors on the CPU give back, instead of returning it to the kernel.
+
+    By default each large tensor is mapped afresh, and the kernel zeroes its pages every step: a seventh of the step
+    of the `nano` preset (docs/LOG.md).
+    """
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            trim_threshold, mmap_threshold = -1, -3
+            mallopt(mmap_threshold, 1 << 30)
+            mallopt(trim_threshold, (1 << 31) - 1)

@@ -64,9 +64,7 @@ def prepare_run_dir(run_dir: str | os.PathLike[str], cfg: Any, *, may_differ: Se
             path = run_dir / "config.yaml"
             if problem is None and path.is_file():
                 old, new = OmegaConf.load(path), OmegaConf.create(config.dump(cfg))
-                problem = difference(
-                    OmegaConf.to_container(old), OmegaConf.to_container(new), path, may_differ
-                )
+                problem = difference(OmegaConf.to_container(old), OmegaConf.to_container(new), path, may_differ)
         if problem is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             config.save(cfg, run_dir / "config.yaml")
@@ -238,9 +236,7 @@ def _check_sizes(folder: Path) -> None:
     for name, size in json.loads((folder / "complete").read_text()).items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else -1
         if found != size:
-            raise CheckpointError(
-                f"{name} has {found} bytes, not {size}" if found >= 0 else f"{name} is missing"
-            )
+            raise CheckpointError(f"{name} has {found} bytes, not {size}" if found >= 0 else f"{name} is missing")
 
 
 def _prune(run_dir: Path, keep: int) -> None:
@@ -285,9 +281,7 @@ def _note_commit(path: Path) -> None:
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=20, check=True
-        )
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=20, check=True)
         return done.stdout.strip()
 
     try:

@@ -16,13 +16,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"gep {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser(
-        "demo", help="both stages, probes and a report, on a CPU and without a download"
-    )
+    demo = commands.add_parser("demo", help="both stages, probes and a report, on a CPU and without a download")
     demo.add_argument("--nmnist", type=Path, help="root of real N-MNIST recordings to evaluate on")
-    demo.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="folder of the results (%(default)s)"
-    )
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the results (%(default)s)")
     demo.add_argument("--fast", action="store_true", help="a few steps of everything; numbers mean little")
     demo.add_argument("--seed", type=int, default=0, help="of everything (%(default)s)")
     demo.set_defaults(run=_demo)

@@ -54,9 +54,7 @@ def load(schema: type[T], argv: Sequence[str] | None = None) -> T:
         raise SystemExit(0)
     files, overrides = _split(argv)
     config = OmegaConf.structured(schema)
-    for source, given in [(str(path), _read_yaml(path)) for path in files] + [
-        (_COMMAND_LINE, _parse(overrides))
-    ]:
+    for source, given in [(str(path), _read_yaml(path)) for path in files] + [(_COMMAND_LINE, _parse(overrides))]:
         _refuse_unknown_keys(schema, given, source)
         try:
             config = OmegaConf.merge(config, given)
@@ -253,9 +251,7 @@ def _convert(hint: Any, value: Any, dotted: str) -> Any:
         return [_convert(arguments[0], item, f"{dotted}.{i}") for i, item in enumerate(value)]
     if isinstance(value, dict) and len(arguments) == 2:
         return {key: _convert(arguments[1], item, f"{dotted}.{key}") for key, item in value.items()}
-    if hint in (int, float, str, bool) and isinstance(
-        value, dict | list
-    ):  # inside a dict, OmegaConf lets it pass
+    if hint in (int, float, str, bool) and isinstance(value, dict | list):  # inside a dict, OmegaConf lets it pass
         raise ConfigError(f"{dotted}: {value!r} does not fit, the field takes {_type_name(hint)}")
     return value
 

@@ -88,9 +88,7 @@ def fit(
     checkpoint.refuse_overwrite(run_dir, train.resume)
     distributed.seed_all(train.seed, per_rank=True)
     if groups is None:
-        groups = param_groups(
-            task, lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay
-        )
+        groups = param_groups(task, lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
     run = _Run(task, groups, train, optim, accelerator, run_dir, _deferred)
     try:
         run.resume()
@@ -163,9 +161,7 @@ class _Run:
         elif self.step:
             _say(f"{self.run_dir}: resuming after step {self.step}")
         if self.train.trackers and self.step < self.train.steps:
-            scalars = {
-                f"{group}.{k}": v for group, values in self.settings.items() for k, v in values.items()
-            }
+            scalars = {f"{group}.{k}": v for group, values in self.settings.items() for k, v in values.items()}
             scalars = {k: v for k, v in scalars.items() if isinstance(v, str | int | float)}
             self.accelerator.init_trackers("gep", config=scalars)
 
@@ -237,9 +233,7 @@ class _Run:
                 loss = _loss_of(self.task, values)
                 losses.append(loss.detach())
                 if hasty:  # DeepSpeed takes the step inside backward
-                    self.watch.observe(
-                        self.step + 1, losses[-1:], losses[-1], keys[index : index + 1], stop=stop
-                    )
+                    self.watch.observe(self.step + 1, losses[-1:], losses[-1], keys[index : index + 1], stop=stop)
                 self.accelerator.backward(loss / count)
             self.meters.add(values)
         return losses
@@ -264,10 +258,7 @@ class _Run:
         with torch.no_grad():
             found = evaluate(self.task, self.step)
         self.task.train()
-        found = {
-            name if name.startswith("eval/") else f"eval/{name}": float(value)
-            for name, value in found.items()
-        }
+        found = {name if name.startswith("eval/") else f"eval/{name}": float(value) for name, value in found.items()}
         self.metrics.write({"step": self.step, **found})
         self.accelerator.log(found, step=self.step)
         self.last |= {"step": self.step, **found}
@@ -317,9 +308,7 @@ def _next(stream: Iterator[Sequence[Batch]], step: int, train: TrainConfig) -> S
     try:
         micro_batches = next(stream)
     except StopIteration:
-        raise ValueError(
-            f"the batches ended after step {step} of {train.steps}; batches(start) must go on"
-        ) from None
+        raise ValueError(f"the batches ended after step {step} of {train.steps}; batches(start) must go on") from None
     is_list = isinstance(micro_batches, list | tuple)
     if not is_list or len(micro_batches) != train.accumulate:
         found = f"{len(micro_batches)} of them" if is_list else type(micro_batches).__name__

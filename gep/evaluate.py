@@ -70,6 +70,5 @@ def collect(
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Moves everything in a batch that knows how to move; strings and numbers stay as they are."""
     return {
-        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
-        for name, value in batch.items()
+        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value for name, value in batch.items()
     }

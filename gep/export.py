@@ -59,8 +59,7 @@ def save_folder(
     _refuse_foreign(folder)
     # Copies: safetensors refuses tensors that share memory or are not contiguous.
     tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
     temporary: Path | None = None
     try:
@@ -97,14 +96,10 @@ def load_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no export at {folder}: give a folder written by gep (with {CONFIG}, {WEIGHTS})"
-        )
+        raise FileNotFoundError(f"no export at {folder}: give a folder written by gep (with {CONFIG}, {WEIGHTS})")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {name}: it is not a gep export, or an incomplete copy of one"
-            )
+            raise FileNotFoundError(f"{folder} has no {name}: it is not a gep export, or an incomplete copy of one")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -185,9 +180,7 @@ def fetch(
     parts = Path(name).parts
     # What can only be a path, or starts in a folder that exists, was not meant for the Hub.
     if len(parts) != 2 or name.startswith((".", "/", "~")) or Path(parts[0]).is_dir():
-        raise FileNotFoundError(
-            f"no export at {name}: give a folder written by save_pretrained, or user/model"
-        )
+        raise FileNotFoundError(f"no export at {name}: give a folder written by save_pretrained, or user/model")
     try:
         folder = snapshot_download(
             name,

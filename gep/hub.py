@@ -93,9 +93,7 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
     ) -> None:
         super().__init__()
         if missing := sorted(set(INPUT_KEYS) ^ set(input)):
-            raise ValueError(
-                f"input settings {missing} are missing or unknown: exactly {list(INPUT_KEYS)} are needed"
-            )
+            raise ValueError(f"input settings {missing} are missing or unknown: exactly {list(INPUT_KEYS)} are needed")
         self.represent: Representation = build(representation["name"], representation["params"])
         self.encoder = EventEncoder(**encoder)
         self.backbone = None if backbone is None else Backbone(**backbone)
@@ -183,9 +181,7 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
         if t_us is None:
             if not self.input_settings["window_us"]:
                 raise ValueError("t_us is needed: this model's windows have no fixed length (window_us = 0)")
-            t_us = (
-                torch.arange(1, frames.shape[1] + 1, device=frames.device) * self.input_settings["window_us"]
-            )
+            t_us = torch.arange(1, frames.shape[1] + 1, device=frames.device) * self.input_settings["window_us"]
             t_us = t_us.expand(frames.shape[:2])
         modality = torch.zeros(frames.shape[:2], dtype=torch.int64, device=frames.device)
         out = self.backbone(tokens, modality, t_us, self.encoder.grid(*frames.shape[-2:]))
@@ -213,17 +209,13 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
         return self.represent(batch).unflatten(0, (count, -1)), edges
 
     @torch.no_grad()
-    def encode(
-        self, events: Recordings, bounds: np.ndarray | None = None, windows: int | None = None
-    ) -> Encoded:
+    def encode(self, events: Recordings, bounds: np.ndarray | None = None, windows: int | None = None) -> Encoded:
         """Tokens of recordings, in evaluation mode and without gradients; arguments as `frames`."""
         out, t_us = self._run(events, bounds, windows, backbone=False)
         return Encoded(out.tokens, out.pooled, t_us)
 
     @torch.no_grad()
-    def predict(
-        self, events: Recordings, bounds: np.ndarray | None = None, windows: int | None = None
-    ) -> GEPOutput:
+    def predict(self, events: Recordings, bounds: np.ndarray | None = None, windows: int | None = None) -> GEPOutput:
         """`forward` on recordings, in evaluation mode and without gradients; arguments as `frames`."""
         return self._run(events, bounds, windows, backbone=True)[0]
 
@@ -319,9 +311,7 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
                 warnings.warn(f"revision = {revision!r} has no effect on the folder {folder}", stacklevel=2)
         else:
             place = {"cache_dir": cache_dir, "force_download": force_download}
-            folder = export.fetch(
-                str(name), revision=revision, token=token, local_files_only=local_files_only, **place
-            )
+            folder = export.fetch(str(name), revision=revision, token=token, local_files_only=local_files_only, **place)
         config, state = export.load_folder(folder, KIND)
         try:
             model = cls.from_config(config)

@@ -66,9 +66,7 @@ class JsonlWriter:
                     file.write(line)
             except OSError as error:
                 os.truncate(self.path, self.offset)
-                raise OSError(
-                    error.errno, f"could not write to {self.path}: {error.strerror}; free space"
-                ) from error
+                raise OSError(error.errno, f"could not write to {self.path}: {error.strerror}; free space") from error
         self.offset += len(line)
 
 

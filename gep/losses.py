@@ -33,9 +33,7 @@ def regression(
         ValueError: shapes differ or the kind is unknown.
     """
     if prediction.shape != target.shape:
-        raise ValueError(
-            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape"
-        )
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     with _float32(prediction):
         a, b = prediction.float(), target.float()
         if weight is not None:
@@ -52,9 +50,7 @@ def regression(
             raise ValueError(f"regression kind {kind!r}: choose one of mse, cosine, smooth_l1")
         if weight is None:
             return error.mean() if denominator is None else error.sum() / denominator
-        total = (
-            weight.sum().clamp_min(torch.finfo(torch.float32).tiny) if denominator is None else denominator
-        )
+        total = weight.sum().clamp_min(torch.finfo(torch.float32).tiny) if denominator is None else denominator
         return (error * weight).sum() / total
 
 
@@ -125,9 +121,7 @@ def siglip(
         return -F.logsigmoid(logits * (own - 1)).sum() / len(a)
 
 
-def similarity_structure(
-    a_tokens: Tensor, b_tokens: Tensor, *, intra: float = 1.0, cross: float = 1.0
-) -> Tensor:
+def similarity_structure(a_tokens: Tensor, b_tokens: Tensor, *, intra: float = 1.0, cross: float = 1.0) -> Tensor:
     """Mean squared difference between token-token cosine matrices of a sample, student against teacher.
 
     With S(x, y) the (N, N) cosines between the tokens of x and y, it is
@@ -170,9 +164,7 @@ def _float32(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _gathered(
-    a: Tensor, b: Tensor, all_a: Tensor | None, all_b: Tensor | None, offset: int
-) -> tuple[Tensor, Tensor]:
+def _gathered(a: Tensor, b: Tensor, all_a: Tensor | None, all_b: Tensor | None, offset: int) -> tuple[Tensor, Tensor]:
     every_a, every_b = a if all_a is None else all_a, b if all_b is None else all_b
     if a.shape != b.shape or a.ndim != 2:
         raise ValueError(f"paired rows must be (B, P) both, got {tuple(a.shape)} and {tuple(b.shape)}")

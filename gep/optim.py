@@ -126,9 +126,7 @@ def param_groups(
         raise ValueError(f"learning-rate scales name no parameter: {unused}; the parts are {parts}")
     grouped = [id(p) for group in groups.values() for p in group["params"]]
     expected = {id(p) for p in module.parameters() if p.requires_grad}
-    assert len(grouped) == len(set(grouped)) and set(grouped) == expected, (
-        "a parameter is not in exactly one group"
-    )
+    assert len(grouped) == len(set(grouped)) and set(grouped) == expected, "a parameter is not in exactly one group"
     return list(groups.values())
 
 

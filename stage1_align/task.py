@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gep.data.paired import DataConfig
 from gep.distributed import gather, gather_with_grad, rank, world_size
 from gep.engine import TrainConfig
-from gep.events.represent import RepresentConfig, Representation
+from gep.events.represent import Representation, RepresentConfig
 from gep.losses import info_nce, regression, siglip, similarity_structure
 from gep.models.config import EncoderConfig, TeacherConfig
 from gep.models.encoder import EventEncoder
@@ -52,9 +52,7 @@ class AlignLossConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name}={getattr(self, name)} is negative; 0 turns the term off")
         if self.regression == self.contrastive == self.similarity == 0:
-            raise ValueError(
-                "loss: every weight is 0; set loss.regression, loss.contrastive or loss.similarity"
-            )
+            raise ValueError("loss: every weight is 0; set loss.regression, loss.contrastive or loss.similarity")
         if not 0 <= self.activity <= 1:
             raise ValueError(f"loss.activity={self.activity} is not in [0, 1]")
         if self.temperature <= 0:
@@ -86,9 +84,7 @@ class Stage1Task(nn.Module):
         loss: terms and weights.
     """
 
-    def __init__(
-        self, encoder: EventEncoder, teacher: FrozenVFM, represent: Representation, loss: AlignLossConfig
-    ):
+    def __init__(self, encoder: EventEncoder, teacher: FrozenVFM, represent: Representation, loss: AlignLossConfig):
         super().__init__()
         self.represent = represent
         self.encoder = encoder
@@ -131,9 +127,7 @@ class Stage1Task(nn.Module):
         if self.loss.similarity:
             terms["similarity"] = similarity_structure(tokens, target)
         weights = {name: getattr(self.loss, name) for name in terms}
-        total = sum(
-            (weights[name] * value for name, value in terms.items()), torch.zeros((), device=tokens.device)
-        )
+        total = sum((weights[name] * value for name, value in terms.items()), torch.zeros((), device=tokens.device))
         if self.loss.contrastive:
             event = self._pool(tokens, windows)
             image = F.normalize(teacher_pooled.float(), dim=-1)
@@ -195,9 +189,7 @@ class Stage1Task(nn.Module):
         if context is None:
             # Sigmoids need no other rank's events: each pair is judged once, where its event is.
             others = {"all_a": gather_with_grad(event)} if softmax else {}
-            value = function(
-                event, image, scale, all_b=gather(image), offset=rank() * len(event), **others, **extra
-            )
+            value = function(event, image, scale, all_b=gather(image), offset=rank() * len(event), **others, **extra)
             return value, value
         own = slice(rank() * len(event), (rank() + 1) * len(event))
         events = [part.clone() for part in context["events"]]

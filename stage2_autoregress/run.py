@@ -57,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     if accelerator.is_main_process:
         model.backbone = backbone
-        model.save_pretrained(
-            run_dir / "export", metrics=metrics, data={"train": train_set.listing.describe()}
-        )
+        model.save_pretrained(run_dir / "export", metrics=metrics, data={"train": train_set.listing.describe()})
     accelerator.print({name: round(value, 4) for name, value in metrics.items()})
     return metrics
 

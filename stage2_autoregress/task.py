@@ -94,9 +94,7 @@ class Stage2Task(nn.Module):
         if not loss.image:
             backbone.image_head.requires_grad_(False)
 
-    def forward(
-        self, batch: dict[str, Any], context: Tensor | None = None, index: int = 0
-    ) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any], context: Tensor | None = None, index: int = 0) -> dict[str, Tensor]:
         """Losses of one micro-batch.
 
         Args:

@@ -14,7 +14,5 @@ def real_data() -> Path:
     given = os.environ.get("GEP_TEST_DATA")
     folder = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip(
-            f"no real recordings: {folder} is no folder; set GEP_TEST_DATA to the one that holds them"
-        )
+        pytest.skip(f"no real recordings: {folder} is no folder; set GEP_TEST_DATA to the one that holds them")
     return folder

@@ -124,9 +124,7 @@ def test_invalid_frames_are_not_seen():
     rest = [0, 2, 3]
     short = model(tokens[:, rest], modality[:, rest], t_us[:, rest], GRID).hidden
     torch.testing.assert_close(want[:, rest], short, atol=1e-5, rtol=1e-5)
-    assert torch.isfinite(
-        model(tokens, modality, t_us, GRID, torch.zeros(2, 4, dtype=torch.bool)).hidden
-    ).all()
+    assert torch.isfinite(model(tokens, modality, t_us, GRID, torch.zeros(2, 4, dtype=torch.bool)).hidden).all()
 
 
 @torch.no_grad()
@@ -231,9 +229,7 @@ def test_low_precision_stays_close_and_streams():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = model(tokens, modality, t_us + 1_700_000_000_000_000, GRID)
         cache = KVCache()
-        parts = [
-            model(*(x[:, f : f + 1] for x in (tokens, modality, t_us)), GRID, cache=cache) for f in range(4)
-        ]
+        parts = [model(*(x[:, f : f + 1] for x in (tokens, modality, t_us)), GRID, cache=cache) for f in range(4)]
     scale = want.image.std()
     assert (got.image.float() - want.image).abs().mean() < 0.05 * scale
     assert (torch.cat([part.image for part in parts], 1).float() - want.image).abs().mean() < 0.05 * scale

@@ -92,9 +92,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, cap
         (newest / "optimizer.bin").unlink()
     run(tmp_path)
     printed = capsys.readouterr().err
-    assert (
-        "step_000012" in printed and "taking the one before" in printed and "resuming after step 8" in printed
-    )
+    assert "step_000012" in printed and "taking the one before" in printed and "resuming after step 8" in printed
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
     assert steps_of(tmp_path) == [12, 8]
 
@@ -128,9 +126,7 @@ def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch, how):
 
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "save_state", fills_up)
-        with pytest.raises(
-            CheckpointError, match=r"could not save .*step_000008.* MB are free.*resume"
-        ) as caught:
+        with pytest.raises(CheckpointError, match=r"could not save .*step_000008.* MB are free.*resume") as caught:
             run(tmp_path)
     assert ("No space left" if how == "oserror" else "file write failed") in str(caught.value)
     assert steps_of(tmp_path) == [4]

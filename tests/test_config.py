@@ -123,9 +123,7 @@ def test_the_file_a_mistake_is_in_is_named(tmp_path):
     path.write_text("- a\n- b\n")
     with pytest.raises(ConfigError, match=r"bad\.yaml holds a list"):
         config.load(Root, [str(path)])
-    with pytest.raises(
-        ConfigError, match=r"no config file .*gone\.yaml .*live under configs/.*holds bad\.yaml"
-    ):
+    with pytest.raises(ConfigError, match=r"no config file .*gone\.yaml .*live under configs/.*holds bad\.yaml"):
         config.load(Root, [str(tmp_path / "gone.yaml")])
     path.write_text("")
     with pytest.raises(ConfigError, match=r"root has no default: give root=VALUE"):

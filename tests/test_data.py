@@ -39,25 +39,20 @@ def nmnist(tmp_path: Path) -> Path:
         write_bin(folder / f"{number:05d}.bin", recording(number))
     images = np.zeros((6, 28, 28), np.uint8)
     images[np.arange(6), 3, 5] = np.arange(1, 7)
-    np.savez(
-        tmp_path / "train_images.npz", index=np.arange(1, 7), label=np.array([7, 1, 7, 1, 1, 7]), image=images
-    )
+    np.savez(tmp_path / "train_images.npz", index=np.arange(1, 7), label=np.array([7, 1, 7, 1, 1, 7]), image=images)
     return tmp_path
 
 
 def test_nmnist_listing_and_pairs(nmnist: Path) -> None:
     listing = list_recordings("nmnist", nmnist, "train")
     assert listing.keys == tuple(
-        f"Train/{digit}/{number:05d}.bin"
-        for digit, number in [(1, 2), (1, 4), (1, 5), (7, 1), (7, 3), (7, 6)]
+        f"Train/{digit}/{number:05d}.bin" for digit, number in [(1, 2), (1, 4), (1, 5), (7, 1), (7, 3), (7, 6)]
     )
     assert listing.labels.tolist() == [1, 1, 1, 7, 7, 7] and listing.classes == tuple("0123456789")
     # The image of file number n holds the value n, at (3, 5) of the digit and so at (6, 8) of the sensor's view.
     for index, number in enumerate([2, 4, 5, 1, 3, 6]):
         view = listing.image(index)
-        assert (
-            view.shape == (3, 34, 34) and view[:, 6, 8].tolist() == [number] * 3 and view.sum() == 3 * number
-        )
+        assert view.shape == (3, 34, 34) and view[:, 6, 8].tolist() == [number] * 3 and view.sum() == 3 * number
 
 
 def test_idx_images(nmnist: Path) -> None:
@@ -74,9 +69,7 @@ def test_idx_images(nmnist: Path) -> None:
         list_recordings("nmnist", nmnist, "train")
 
 
-def test_hash_names_the_list_and_not_the_place(
-    nmnist: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_hash_names_the_list_and_not_the_place(nmnist: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     listing = list_recordings("nmnist", nmnist, "train")
     moved = tmp_path_factory.mktemp("moved") / "set"
     nmnist.rename(moved)
@@ -197,11 +190,7 @@ def test_sample_is_padded_and_deterministic(nmnist: Path) -> None:
     first, again = (source.sample(3, np.random.default_rng(5)) for _ in range(2))
     assert len(first["events"]) == 2 and first["t_us"].tolist() == again["t_us"].tolist()
     batch = collate([source.sample(i, None) for i in range(3)])
-    assert (
-        len(batch["events"]) == 18
-        and batch["t_us"].shape == (3, 6, 2)
-        and batch["image"].shape == (3, 3, 36, 36)
-    )
+    assert len(batch["events"]) == 18 and batch["t_us"].shape == (3, 6, 2) and batch["image"].shape == (3, 3, 36, 36)
     assert batch["label"].tolist() == [1, 1, 1] and batch["windows"] == 6
 
 

@@ -56,6 +56,4 @@ def test_number_of_processes_asked_of_accelerate(words, count):
     from gep.accelerator import _asked_processes
 
     assert _asked_processes(words) == count
-    assert (
-        _asked_processes(["accelerate", "launch", "--config_file", "configs/accelerate/cpu_2.yaml", "x"]) == 2
-    )
+    assert _asked_processes(["accelerate", "launch", "--config_file", "configs/accelerate/cpu_2.yaml", "x"]) == 2

@@ -35,9 +35,7 @@ def run(folder, task=None, *, train=TRAIN, optim=OPTIM, batches=None, **keywords
     accelerator = make_accelerator(train, folder)
     task = task if isinstance(task, nn.Module) else (task or Regression)()
     batches = batches or make_batches(ToyConfig(run_dir="", train=train, **keywords.pop("toy", {})), 0, 1)
-    return fit(
-        task, batches, train=train, optim=optim, accelerator=accelerator, run_dir=folder, **keywords
-    ), task
+    return fit(task, batches, train=train, optim=optim, accelerator=accelerator, run_dir=folder, **keywords), task
 
 
 def lines(folder):
@@ -204,9 +202,7 @@ def test_accelerate_launch_on_cpus_starts_the_processes_asked_for(tmp_path):
     script = str(workers.HERE / "toy_run.py")
     env = workers.environment()
     del env["ACCELERATE_USE_CPU"]
-    subprocess.run(
-        [*launcher, script, f"run_dir={tmp_path / 'two'}", *arguments], check=True, timeout=180, env=env
-    )
+    subprocess.run([*launcher, script, f"run_dir={tmp_path / 'two'}", *arguments], check=True, timeout=180, env=env)
     assert_same_losses(lines(tmp_path / "one"), lines(tmp_path / "two"))
     trainer = next((tmp_path / "two" / "checkpoints").iterdir()) / "trainer.json"
     assert json.loads(trainer.read_text())["world_size"] == 2
@@ -316,9 +312,7 @@ def test_what_a_task_or_a_loader_does_wrong_is_named(tmp_path):
         task = nn.Sequential(nn.Linear(1, 1))
         task.forward = lambda batch: 0
         type(task).__name__ = type(task).__name__
-        run(
-            tmp_path / "3", type("Identity", (Regression,), {"forward": lambda self, batch: batch["x"].sum()})
-        )
+        run(tmp_path / "3", type("Identity", (Regression,), {"forward": lambda self, batch: batch["x"].sum()}))
     with pytest.raises(ValueError, match=r"batch_size 10 is not divisible by accumulate 4"):
         TrainConfig(batch_size=10, accumulate=4)
     with pytest.raises(ValueError, match=r"steps is 0; give a whole number >= 1"):

@@ -48,9 +48,7 @@ def test_saved_and_loaded_bit_for_bit(tmp_path):
     head = json.loads((folder / "config.json").read_text())
     assert (head["format"], head["format_version"], head["kind"]) == ("gep", 1, "gep")
     assert head["gep_version"] == __version__ and (folder / "README.md").read_text() == "# card\n"
-    assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == [
-        "export"
-    ]  # nothing left beside it
+    assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["export"]  # nothing left beside it
 
 
 def test_an_export_is_replaced_and_foreign_files_are_not(tmp_path):

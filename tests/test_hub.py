@@ -9,9 +9,9 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 
 from gep import export
-from gep.events.slicing import cut_windows
 from gep.events import augment
 from gep.events.represent import Histogram
+from gep.events.slicing import cut_windows
 from gep.events.types import EventBatch, Events
 from gep.hub import GEPModel
 from gep.models import Backbone, EventEncoder, FrozenVFM, ImageModel
@@ -34,9 +34,7 @@ def make(backbone: bool = True, teacher: FrozenVFM | None = None, **changes) -> 
     encoder = EventEncoder("nano", 2, (36, 36), head_dim=96)
     stack = Backbone(96, width=48, depth=2, heads=2) if backbone else None
     represent = Histogram(log1p=True, scale=0.5)
-    return GEPModel.from_parts(
-        encoder, represent, settings(**changes), backbone=stack, teacher=teacher
-    ).eval()
+    return GEPModel.from_parts(encoder, represent, settings(**changes), backbone=stack, teacher=teacher).eval()
 
 
 def stand_in(folder) -> FrozenVFM:
@@ -65,9 +63,7 @@ def test_loaded_it_gives_the_same_bits(tmp_path, backbone):
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "m2" / name).read_bytes() == (tmp_path / "m" / name).read_bytes()
     fresh = GEPModel.from_config(model.config)
-    assert {k: v.shape for k, v in fresh.state_dict().items()} == {
-        k: v.shape for k, v in model.state_dict().items()
-    }
+    assert {k: v.shape for k, v in fresh.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
 def test_a_backbone_put_in_later_is_saved_too(tmp_path):
@@ -101,9 +97,7 @@ def test_a_recording_becomes_the_frames_of_the_training_pipeline():
         model.encode([events], bounds[None]),
     ):
         assert all(torch.equal(a, b) for a, b in zip(encoded, other))
-    assert encoded.tokens.shape == (1, 6, 36, 96) and torch.equal(
-        encoded.t_us[0], torch.from_numpy(bounds[:, 1])
-    )
+    assert encoded.tokens.shape == (1, 6, 36, 96) and torch.equal(encoded.t_us[0], torch.from_numpy(bounds[:, 1]))
     torch.testing.assert_close(encoded.pooled, encoded.tokens.mean(2))
 
 
@@ -127,9 +121,7 @@ def test_forward_is_causal_and_needs_to_know_when_windows_end():
         whole = model(frames, edges[..., 1])
         part = model(frames[:, :4], edges[:, :4, 1])
         torch.testing.assert_close(whole.image[:, :4], part.image, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(
-            model(frames).hidden, whole.hidden
-        )  # 50 ms windows in a row: the same clock
+        torch.testing.assert_close(model(frames).hidden, whole.hidden)  # 50 ms windows in a row: the same clock
         with pytest.raises(ValueError, match="t_us"):
             make(window_us=0)(frames)
     assert whole.hidden.shape == (1, 6, 36, 48) and whole.next.shape == whole.image.shape == (1, 6, 36, 96)
@@ -176,11 +168,7 @@ def test_push_to_hub_sends_the_same_folder(tmp_path, monkeypatch):
     for name in ("config.json", "model.safetensors", "README.md"):
         assert sent[name] == (tmp_path / "events" / name).read_bytes()
     card = ModelCard(sent["README.md"].decode())
-    assert (
-        card.data.license == "apache-2.0"
-        and card.data.library_name == "gep"
-        and "event-camera" in card.data.tags
-    )
+    assert card.data.license == "apache-2.0" and card.data.library_name == "gep" and "event-camera" in card.data.tags
     assert "| r1 | 97.5 |" in card.text and "GEPModel.from_pretrained" in card.text
 
 

@@ -32,9 +32,7 @@ def _decode(path) -> np.ndarray:
 
 def test_bin_by_hand_with_overflow_rows(tmp_path):
     path = tmp_path / "a.bin"
-    path.write_bytes(
-        _record(1, 2, 1, 5) + _record(0, 240, 0, 0) + _record(33, 33, 0, 0x7FFFFF) + _record(9, 240, 1, 7)
-    )
+    path.write_bytes(_record(1, 2, 1, 5) + _record(0, 240, 0, 0) + _record(33, 33, 0, 0x7FFFFF) + _record(9, 240, 1, 7))
     events = read_events(path)
     assert events.t.tolist() == [5, 0x7FFFFF + 8192]
     assert events.x.tolist() == [1, 33] and events.y.tolist() == [2, 33] and events.p.tolist() == [1, 0]
@@ -47,9 +45,7 @@ def test_bin_sensor_size(tmp_path):
     path.write_bytes(_record(34, 0, 1, 5))
     assert (read_bin(path).height, read_bin(path).width) == (180, 240)
     assert read_events(path, height=40, width=50).width == 50
-    with pytest.raises(
-        EventFormatError, match=r"a\.bin: byte 0: event at x = 34, y = 0 lies outside the 34x34"
-    ):
+    with pytest.raises(EventFormatError, match=r"a\.bin: byte 0: event at x = 34, y = 0 lies outside the 34x34"):
         read_bin(path, height=34, width=34)
     with pytest.raises(ValueError, match="both height and width"):
         read_events(path, height=34)
@@ -130,9 +126,7 @@ def test_real_nmnist_files_decode(real_data, tmp_path):
 _T, _X, _Y = np.array([5, 5, 900]), np.array([639, 0, 3]), np.array([479, 1, 2])
 
 
-@pytest.mark.parametrize(
-    "polarity", [np.array([1, 0, 1]), np.array([True, False, True]), np.array([1, -1, 1])]
-)
+@pytest.mark.parametrize("polarity", [np.array([1, 0, 1]), np.array([True, False, True]), np.array([1, -1, 1])])
 @pytest.mark.parametrize("layout", ["structured", "old"])
 def test_npz_layouts(tmp_path, layout, polarity):
     path = tmp_path / "n01440764_1.npz"
@@ -152,9 +146,7 @@ def test_npz_layouts(tmp_path, layout, polarity):
 def test_npz_faults(tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, frames=np.zeros(3))
-    with pytest.raises(
-        EventFormatError, match=r"a\.npz: keys are frames; an N-ImageNet file has 'event_data'"
-    ):
+    with pytest.raises(EventFormatError, match=r"a\.npz: keys are frames; an N-ImageNet file has 'event_data'"):
         read_events(path)
     np.savez(path, event_data=np.zeros((3, 4)))
     with pytest.raises(EventFormatError, match="expected \\(N,\\) with the fields x, y, t, p"):
@@ -210,9 +202,7 @@ def test_what_a_file_holds_counts_more_than_its_name(tmp_path):
     with pytest.raises(EventFormatError, match=r"not a readable \.npy"):
         read_events(tmp_path / "a.npy")
     (tmp_path / "a.xyz").write_bytes(b"12345")
-    with pytest.raises(
-        EventFormatError, match=r"unknown event format; known are \.bin \(N-MNIST.*\.npz.*\.npy"
-    ):
+    with pytest.raises(EventFormatError, match=r"unknown event format; known are \.bin \(N-MNIST.*\.npz.*\.npy"):
         read_events(tmp_path / "a.xyz")
     with pytest.raises(FileNotFoundError, match=r"none\.bin"):
         read_events(tmp_path / "none.bin")

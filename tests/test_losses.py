@@ -116,9 +116,7 @@ def test_siglip_is_the_formula_and_shards_add_up():
 def test_similarity_structure_is_the_formula():
     a, b = pair(2, 5, 4)
     x, y = unit(a.double().numpy()), unit(b.double().numpy())
-    same, cross, reference = (
-        np.einsum("bnd,bmd->bnm", left, right) for left, right in ((x, x), (x, y), (y, y))
-    )
+    same, cross, reference = (np.einsum("bnd,bmd->bnm", left, right) for left, right in ((x, x), (x, y), (y, y)))
     intra_term, cross_term = ((same - reference) ** 2).mean(), ((cross - reference) ** 2).mean()
     got = similarity_structure(a, b, intra=0.5, cross=2.0).item()
     assert got == pytest.approx(0.5 * intra_term + 2.0 * cross_term, rel=1e-5)

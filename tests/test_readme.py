@@ -21,12 +21,8 @@ from gep.models.teacher import FrozenVFM, ImageModel
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_ten_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    block = re.search(
-        r"runs this block -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
+def test_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    block = re.search(r"runs this block -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     code = block.group(1)
     assert len(code.strip().splitlines()) <= 12
     torch.manual_seed(0)
@@ -39,9 +35,7 @@ def test_ten_lines(
     model.save_pretrained("runs/demo/stage2/export")
     rng = np.random.default_rng(0)
     t = np.sort(rng.integers(0, 300_000, 900))
-    events = Events.from_arrays(
-        t, *rng.integers(0, 34, (2, 900)), rng.integers(0, 2, 900), height=34, width=34
-    )
+    events = Events.from_arrays(t, *rng.integers(0, 34, (2, 900)), rng.integers(0, 2, 900), height=34, width=34)
     write_bin("recording.bin", events)
     exec(compile(code, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()

@@ -39,19 +39,19 @@ def test_mean_std_and_classes() -> None:
 
 
 def test_probe_is_the_regularised_optimum() -> None:
-    """At the optimum the gradient of mean cross-entropy + l2/2 ‖W‖² vanishes; written out in NumPy."""
+    """At the optimum the gradient of Σ cross-entropy + ‖W‖² / (2 C) vanishes; written out in NumPy."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 5)) * [1, 10, 0.1, 1, 3] + 7, rng.integers(0, 3, 60)
-    probe = fit_linear_probe(torch.tensor(x), torch.tensor(y), 3, l2=0.05)
+    probe = fit_linear_probe(torch.tensor(x), torch.tensor(y), 3, c=0.5)
     z = (x - probe.mean.numpy()) / probe.scale.numpy()
     logits = z @ probe.weight.numpy().T + probe.bias.numpy()
     assert np.allclose(probe(torch.tensor(x)).numpy(), logits)
     share = np.exp(logits - logits.max(1, keepdims=True))
     share /= share.sum(1, keepdims=True)
     residual = (share - np.eye(3)[y]) / len(x)
-    assert np.abs(residual.T @ z + 0.05 * probe.weight.numpy()).max() < 1e-5
+    assert np.abs(residual.T @ z + probe.weight.numpy() / (0.5 * len(x))).max() < 1e-5
     assert np.abs(residual.sum(0)).max() < 1e-5
-    again = fit_linear_probe(torch.tensor(x), torch.tensor(y), 3, l2=0.05)
+    again = fit_linear_probe(torch.tensor(x), torch.tensor(y), 3, c=0.5)
     assert torch.equal(again.weight, probe.weight)
 
 
@@ -105,9 +105,7 @@ def arguments(world: tuple[Path, Path], run: Path, *more: str) -> list[str]:
 
 
 def test_modes_end_with_their_results(world: tuple[Path, Path], tmp_path: Path) -> None:
-    found = recognition.main(
-        arguments(world, tmp_path / "kshot", "mode=kshot", "probe.shots=[1,5]", "probe.draws=2")
-    )
+    found = recognition.main(arguments(world, tmp_path / "kshot", "mode=kshot", "probe.shots=[1,5]", "probe.draws=2"))
     assert set(found["top1"]) == {"1", "5"} and found["top1"]["5"][0] > 90
     assert json.loads((tmp_path / "kshot" / "results.json").read_text()) == found
     first = recognition.main(arguments(world, tmp_path / "a", "mode=probe"))

@@ -96,16 +96,13 @@ def batches(draw) -> EventBatch:
         st.integers(0, 1),
     )
     windows = [
-        _window(rows, height, width)
-        for rows in draw(st.lists(st.lists(event, max_size=12), min_size=1, max_size=4))
+        _window(rows, height, width) for rows in draw(st.lists(st.lists(event, max_size=12), min_size=1, max_size=4))
     ]
     own = EventBatch.from_windows(windows)
     if draw(st.booleans()):
         return own
     margins = draw(
-        st.lists(
-            st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=len(windows), max_size=len(windows)
-        )
+        st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=len(windows), max_size=len(windows))
     )
     bounds = np.stack([own.t0, own.t1], axis=1) + np.array(margins) * (-1, 1)
     return EventBatch.from_windows(windows, bounds)
@@ -190,9 +187,7 @@ def test_a_window_does_not_feel_its_neighbours(path, case):
     sizes = (40, 0, 1, 25)
     windows = [
         _window(
-            np.stack(
-                [rng.integers(0, 99, n), *rng.integers(0, 5, (2, n)), rng.integers(0, 2, n)], 1
-            ).tolist(),
+            np.stack([rng.integers(0, 99, n), *rng.integers(0, 5, (2, n)), rng.integers(0, 2, n)], 1).tolist(),
             5,
             5,
         )
@@ -216,9 +211,7 @@ def test_out_is_overwritten_and_returned(path, case):
 
 def test_equal_times_let_the_later_row_win(path):
     t, x, y = np.array([5, 5, 5]), np.zeros(3), np.zeros(3)
-    batch = EventBatch.from_windows(
-        [Events.from_arrays(t, x, y, [1, 1, 0], height=1, width=1)], np.array([[5, 6]])
-    )
+    batch = EventBatch.from_windows([Events.from_arrays(t, x, y, [1, 1, 0], height=1, width=1)], np.array([[5, 6]]))
     assert represent.tencode(batch)[0, :, 0, 0].tolist() == [0, 255, 255]
     assert represent.latest_timestamp(batch)[0, :, 0, 0].tolist() == [1, 1]
 
@@ -226,9 +219,7 @@ def test_equal_times_let_the_later_row_win(path):
 def test_rectified_coordinates_are_shared_between_pixels(path):
     rng = np.random.default_rng(2)
     n = 60
-    window = _window(
-        [(int(t), 0, 0, int(p)) for t, p in zip(rng.integers(0, 90, n), rng.integers(0, 2, n))], 4, 5
-    )
+    window = _window([(int(t), 0, 0, int(p)) for t, p in zip(rng.integers(0, 90, n), rng.integers(0, 2, n))], 4, 5)
     x = torch.from_numpy(rng.uniform(-2, 7, n).astype(np.float32))
     y = torch.from_numpy(rng.uniform(-2, 6, n).astype(np.float32))
     x[:4], y[:4] = torch.tensor([4.0, -1.0, 5.0, 1e30]), torch.tensor([3.0, 0.0, 1.0, -1e30])
@@ -278,9 +269,7 @@ def test_registry_round_trips_through_json():
         described = json.loads(json.dumps(describe(representation)))
         assert described["name"] == name and build(**described) == representation
         assert representation(_EDGES).shape == (4, representation.channels, 3, 5)
-    with pytest.raises(
-        ValueError, match=r"unknown representation 'voxels'; choose one of histogram, .*voxel_grid"
-    ):
+    with pytest.raises(ValueError, match=r"unknown representation 'voxels'; choose one of histogram, .*voxel_grid"):
         build("voxels")
     with pytest.raises(ValueError, match="voxel_grid has no parameter bin; it takes bins, split_polarity"):
         build("voxel_grid", {"bin": 3})

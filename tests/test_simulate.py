@@ -119,9 +119,7 @@ def test_linear_ramp_gives_known_times():
 
 def test_responses():
     brightness = torch.tensor([0.0, 0.25, 1.0])
-    torch.testing.assert_close(
-        SensorModel(log_offset=0.1).level(brightness), torch.tensor([0.1, 0.35, 1.1]).log()
-    )
+    torch.testing.assert_close(SensorModel(log_offset=0.1).level(brightness), torch.tensor([0.1, 0.35, 1.1]).log())
     torch.testing.assert_close(
         SensorModel(response="power", gamma=1.5, invert=True).level(brightness),
         torch.tensor([0.0, -0.125, -1.0]),
@@ -265,9 +263,7 @@ def test_blur_keeps_the_light():
 def test_times_may_begin_anywhere():
     images, path, size = scene()
     late = CameraPath(path.t_us + 3_000_000_000, path.homography)
-    early, shifted = (
-        simulate_events(images, p, sensor=EVERYTHING, generator=seeded(), **size) for p in (path, late)
-    )
+    early, shifted = (simulate_events(images, p, sensor=EVERYTHING, generator=seeded(), **size) for p in (path, late))
     for a, b in zip(early, shifted):
         assert [(t + 3_000_000_000, x, y, p) for t, x, y, p in columns(a)] == columns(b)
 

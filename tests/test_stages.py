@@ -48,9 +48,7 @@ def samples(count: int, windows: int = WINDOWS) -> list[dict]:
             for edges in bounds
         ]  # fmt: skip
         image = rng.integers(0, 255, (3, 36, 36)).astype(np.uint8)
-        made.append(
-            {"key": f"s{index}", "events": parts, "t_us": bounds, "label": index % 10, "image": image}
-        )
+        made.append({"key": f"s{index}", "events": parts, "t_us": bounds, "label": index % 10, "image": image})
     return made
 
 
@@ -63,9 +61,7 @@ def sequences(count: int, kinds: tuple[str, ...] = ("image_last",)) -> list[dict
     return made
 
 
-def gradients(
-    task: torch.nn.Module, parts: list[dict], joined: bool
-) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(task: torch.nn.Module, parts: list[dict], joined: bool) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean loss and gradients as the engine makes them: the mean over micro-batches, with the step's context."""
     task.zero_grad()
     context = task.context(parts)
@@ -122,9 +118,7 @@ def test_activity_weights_follow_the_events(teacher: FrozenVFM) -> None:
 def test_nothing_frozen_is_a_parameter(teacher: FrozenVFM) -> None:
     stage1 = Stage1Task(encoder(), teacher, Histogram(), AlignLossConfig())
     assert {name.split(".")[0] for name, _ in stage1.named_parameters()} == {"encoder", "log_scale"}
-    stage2 = Stage2Task(
-        Backbone(96, 32, 1, 2), FrozenTokens(encoder(), teacher, Histogram()), NextLossConfig()
-    )
+    stage2 = Stage2Task(Backbone(96, 32, 1, 2), FrozenTokens(encoder(), teacher, Histogram()), NextLossConfig())
     assert {name.split(".")[0] for name in stage2.state_dict()} == {"backbone"}
 
 
@@ -143,8 +137,7 @@ def test_retrieval_by_hand() -> None:
 def test_layouts() -> None:
     t_us, pair, image_t = np.array([[0, 10], [10, 20]]), np.array([0, 1]), np.array([9, 19])
     frames = {
-        kind: lay_out(kind, t_us, pair, image_t)
-        for kind in ("image_last", "image_first", "interleave", "events")
+        kind: lay_out(kind, t_us, pair, image_t) for kind in ("image_last", "image_first", "interleave", "events")
     }
     as_lists = {kind: [value.tolist() for value in frame.values()] for kind, frame in frames.items()}
     assert as_lists["image_last"] == [[EVENT, EVENT, IMAGE], [0, 1, 1], [10, 20, 19]]
@@ -162,9 +155,7 @@ def test_tokens_stand_in_the_order_of_the_layout(teacher: FrozenVFM) -> None:
     tokens, _ = student(Histogram()(batch["events"]))
     events = layer_normalise(tokens).unflatten(0, (4, 3))
     image = layer_normalise(teacher.features(batch["images"][:, 0])[0])
-    assert torch.allclose(sequence.frames[0, 0], image[0]) and torch.allclose(
-        sequence.frames[0, 3], events[0, 2]
-    )
+    assert torch.allclose(sequence.frames[0, 0], image[0]) and torch.allclose(sequence.frames[0, 3], events[0, 2])
     assert torch.allclose(sequence.frames[1, 0], events[1, 0])
     assert sequence.padded and sequence.valid.tolist()[:2] == [[True] * 4, [True] * 3 + [False]]
     assert torch.allclose(sequence.image, image[:, None].expand_as(sequence.image))

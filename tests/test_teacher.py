@@ -75,9 +75,7 @@ def test_timm_features_are_timms_with_its_own_normalisation(weights, image, name
 def test_an_encoder_started_from_the_teacher_gives_its_tokens(weights, clip, image):
     folder, _ = weights
     teacher = FrozenVFM.from_spec(f"timm:{TINY}", file=folder / "tiny.pth", image_size=SIZE)
-    encoder = EventEncoder(
-        TINY, 3, (SIZE, SIZE), mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD
-    ).eval()
+    encoder = EventEncoder(TINY, 3, (SIZE, SIZE), mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD).eval()
     assert encoder.init_from_teacher(teacher).left == ()
     assert torch.equal(encoder(image / 255)[0], teacher.features(image)[0])
 
@@ -114,9 +112,7 @@ def test_frozen_in_every_sense(weights, image):
     assert not any(module.training for module in model.modules())
     assert not any(p.requires_grad for p in model.parameters()) and task.teacher.dtype == torch.float32
     after = task.teacher.features(image)
-    assert all(
-        torch.equal(a, b) and not b.requires_grad and not b.is_inference() for a, b in zip(before, after)
-    )
+    assert all(torch.equal(a, b) and not b.requires_grad and not b.is_inference() for a, b in zip(before, after))
     # Its result can be saved for backward, and a low-precision copy answers in float32.
     x = torch.randn_like(after[0], requires_grad=True)
     (x * after[0]).sum().backward()
@@ -130,9 +126,7 @@ def test_open_clip_features_text_and_timm_copy(clip, image):
     file, model = clip
     teacher = FrozenVFM.from_spec("open_clip:gep-tiny", file=file)
     pixels = image / 255
-    mean, std = (
-        torch.tensor(v)[:, None, None] for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    )
+    mean, std = (torch.tensor(v)[:, None, None] for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     tokens, pooled = teacher.features(image)
     torch.testing.assert_close(pooled, model.encode_image((pixels - mean) / std))
     x = model.visual._embeds((pixels - mean) / std)
@@ -146,9 +140,7 @@ def test_open_clip_features_text_and_timm_copy(clip, image):
     assert teacher.logit_scale == pytest.approx(1 / 0.07, rel=1e-5) and teacher.classify(pooled) is None
     # The timm copy that an encoder starts from gives the same tokens.
     copy = teacher.visual
-    torch.testing.assert_close(
-        copy.forward_features((pixels - mean) / std)[:, 1:], tokens, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(copy.forward_features((pixels - mean) / std)[:, 1:], tokens, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"teacher\.image_size"):
         teacher.features(torch.rand(1, 3, 48, 48))
     resized = FrozenVFM.from_spec("open_clip:gep-tiny", file=file, image_size=48)

@@ -61,9 +61,7 @@ def test_from_arrays_converts_without_touching_the_callers_arrays():
     p = np.array([-1, 1, -1], np.int8)
     x = np.array([0.0, 4.0, 2.0], np.float32)
     p_before, x_before = p.copy(), x.copy()
-    events = Events.from_arrays(
-        np.array([1, 2, 3], np.uint32), x, np.array([3, 0, 1], np.int64), p, height=4, width=5
-    )
+    events = Events.from_arrays(np.array([1, 2, 3], np.uint32), x, np.array([3, 0, 1], np.int64), p, height=4, width=5)
     assert [a.dtype for a in (events.t, events.x, events.y, events.p)] == [
         np.int64,
         np.uint16,

@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def probe_frozen(
-    cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelerator: Accelerator
-) -> dict[str, Any]:
+def probe_frozen(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelerator: Accelerator) -> dict[str, Any]:
     """Zero-shot, linear probe or k-shot probes on features of the frozen model."""
     listing = list_recordings(data.name, data.root, data.train_split)
     if cfg.mode == "kshot" and not data.eval_split:
@@ -111,9 +109,7 @@ def finetune(
     train_set, test_set = build(data, paired=False)
     if cfg.shots:
         chosen, _ = draw_shots(train_set.listing.labels, cfg.shots, seed=cfg.probe.seed, draw=cfg.draw)
-        listing = train_set.listing.subset(
-            chosen, f"{train_set.listing.split}[{cfg.shots} shots, draw {cfg.draw}]"
-        )
+        listing = train_set.listing.subset(chosen, f"{train_set.listing.split}[{cfg.shots} shots, draw {cfg.draw}]")
         train_set = Recordings(listing, data, paired=False)
     accelerator.print(f"learn on {train_set.listing.describe()}\ntest on {test_set.listing.describe()}")
     task = FinetuneTask(
@@ -147,9 +143,7 @@ def finetune(
             accelerator=accelerator,
         )
         top = {f"top{k}": top_k_accuracy(rows["logits"], rows["label"], k=k) for k in (1, 5)}
-        classes = per_class_accuracy(
-            rows["logits"].argmax(dim=1), rows["label"], len(test_set.listing.classes)
-        )
+        classes = per_class_accuracy(rows["logits"].argmax(dim=1), rows["label"], len(test_set.listing.classes))
         return {**top, "mean_class": float(np.nanmean(classes))}
 
     metrics = fit(

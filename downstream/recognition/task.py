@@ -24,8 +24,8 @@ from gep.optim import OptimConfig
 class ProbeConfig:
     """Linear classifiers on frozen features."""
 
-    l2: float = 1e-2
-    """weight of ½‖W‖² beside the mean cross-entropy"""
+    c: float = 1.0
+    """inverse strength of the penalty, as in scikit-learn's LogisticRegression; features are standardised"""
     shots: list[int] = field(default_factory=lambda: [1, 2, 5, 20, 50])
     """labelled samples a class in the k-shot mode"""
     draws: int = 5
@@ -34,8 +34,8 @@ class ProbeConfig:
     """of the draws"""
 
     def __post_init__(self) -> None:
-        if self.l2 < 0:
-            raise ValueError(f"probe.l2={self.l2} is negative")
+        if self.c <= 0:
+            raise ValueError(f"probe.c={self.c} must be above 0")
         if self.draws < 1 or not self.shots or min(self.shots) < 1:
             raise ValueError(f"probe.draws={self.draws} and probe.shots={self.shots} must be at least 1")
 
@@ -74,9 +74,7 @@ class RecognitionConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative")
         if self.mode == "scratch" and self.encoder_lr == 0:
-            raise ValueError(
-                "encoder_lr=0 would leave random weights untrained in mode=scratch; use encoder_lr=1"
-            )
+            raise ValueError("encoder_lr=0 would leave random weights untrained in mode=scratch; use encoder_lr=1")
 
 
 class FinetuneTask(nn.Module):
@@ -110,7 +108,8 @@ class FinetuneTask(nn.Module):
         self.feature: Feature = feature
         self.label_smoothing = label_smoothing
         dim = self.encoder.embed_dim + (self.backbone.width if self.backbone is not None else 0)
-        self.norm = nn.LayerNorm(dim)
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
         self.head = nn.Linear(dim, num_classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -118,7 +117,30 @@ class FinetuneTask(nn.Module):
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """(B, C) of a batch."""
         features = window_features(self, batch).pooled(self.feature)
-        return self.head(self.norm(features))
+        return self.head((features - self.mean) / self.scale)
+
+    @torch.no_grad()
+    def start_from(self, features: Tensor, labels: Tensor | None, c: float = 1.0) -> None:
+        """Fixes the head's standardisation and, with labels, starts it as the linear probe on these features.
+
+        Pooled tokens of an untrained ViT differ between samples in a small part of their length alone; unstandardised,
+        training from scratch spends its first hundreds of steps on that. Starting from the probe keeps fine-tuning
+        from distorting good features. Source: Kumar et al. 2022 (LP-FT).
+
+        Args:
+            features: (N, D) frozen features of the training samples; labels: (N,) or None for a zero head.
+            c: see `fit_linear_probe`.
+        """
+        if labels is None:
+            mean, scale = features.mean(dim=0), features.std(dim=0, correction=0)
+            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        else:
+            probe = fit_linear_probe(features, labels, self.head.out_features, c=c)
+            mean, scale = probe.mean, probe.scale
+            self.head.weight.copy_(probe.weight)
+            self.head.bias.copy_(probe.bias)
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """{"loss", "accuracy"} of a batch with `label`."""
@@ -138,7 +160,7 @@ def probe(
     Returns:
         top1 and top5 in percent.
     """
-    fitted = fit_linear_probe(*train, num_classes, l2=config.l2)
+    fitted = fit_linear_probe(*train, num_classes, c=config.c)
     logits = fitted(test[0])
     return {"top1": top_k_accuracy(logits, test[1]), "top5": top_k_accuracy(logits, test[1], k=5)}
 
@@ -164,7 +186,7 @@ def kshot(
         accuracies = []
         for draw in range(config.draws):
             chosen, rest = draw_shots(labels.numpy(), shots, seed=config.seed, draw=draw)
-            fitted = fit_linear_probe(features[chosen], labels[chosen], num_classes, l2=config.l2)
+            fitted = fit_linear_probe(features[chosen], labels[chosen], num_classes, c=config.c)
             on = (features[rest], labels[rest]) if test is None else test
             accuracies.append(top_k_accuracy(fitted(on[0]), on[1]))
         table[str(shots)] = mean_std(accuracies)

@@ -24,9 +24,7 @@ def draw_shots(labels: np.ndarray, shots: int, *, seed: int, draw: int) -> tuple
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         if len(members) <= shots:
-            raise ValueError(
-                f"class {label} has {len(members)} samples: too few for {shots} shots and one to test on"
-            )
+            raise ValueError(f"class {label} has {len(members)} samples: too few for {shots} shots and one to test on")
         rng = np.random.default_rng([seed, draw, int(label)])
         chosen.append(rng.permutation(members)[:shots])
     picked = np.sort(np.concatenate(chosen))

@@ -122,9 +122,7 @@ class _MnistImages:
 
     def __call__(self, index: int) -> np.ndarray:
         view = np.zeros((3, *NMNIST_SENSOR), dtype=np.uint8)
-        view[:, MNIST_OFFSET : MNIST_OFFSET + 28, MNIST_OFFSET : MNIST_OFFSET + 28] = self.digits[
-            self.rows[index]
-        ]
+        view[:, MNIST_OFFSET : MNIST_OFFSET + 28, MNIST_OFFSET : MNIST_OFFSET + 28] = self.digits[self.rows[index]]
         return view
 
 
@@ -141,9 +139,7 @@ class _ImageFiles:
         return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
-def _mnist_images(
-    root: Path, split: str, numbers: np.ndarray, files: tuple[Path, ...]
-) -> _MnistImages | None:
+def _mnist_images(root: Path, split: str, numbers: np.ndarray, files: tuple[Path, ...]) -> _MnistImages | None:
     stem = "train" if split == "train" else "t10k"
     npz = root / f"{'train' if split == 'train' else 'test'}_images.npz"
     idx = [root / f"{stem}-images{dot}idx3-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
@@ -213,18 +209,14 @@ def _first_folder(candidates: Iterable[Path], root: Path, title: str) -> Path:
         if folder.is_dir():
             return folder
     wanted = " or ".join(str(folder) for folder in candidates)
-    raise FileNotFoundError(
-        f"{title}: {wanted} is missing; data.root={root} should hold <split>/<class>/<files>"
-    )
+    raise FileNotFoundError(f"{title}: {wanted} is missing; data.root={root} should hold <split>/<class>/<files>")
 
 
 def _list_classes(
     folder: Path, root: Path, suffixes: tuple[str, ...], classes: list[str] | None
 ) -> tuple[tuple[str, ...], tuple[Path, ...], np.ndarray, tuple[str, ...]]:
     """All recordings below `folder/<class>/`; `classes` fixes the list where the set defines it."""
-    found = sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     names = classes if classes is not None else found
     keys: list[str] = []
     files: list[Path] = []

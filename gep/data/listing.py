@@ -77,8 +77,7 @@ class Listing:
         """One line for people: name, split, sizes, hash."""
         pairs = "with images" if self.image is not None else "without images"
         return (
-            f"{self.name} {self.split}: {len(self)} recordings, {len(self.classes)} classes, "
-            f"{pairs}, list {self.hash}"
+            f"{self.name} {self.split}: {len(self)} recordings, {len(self.classes)} classes, {pairs}, list {self.hash}"
         )
 
 

@@ -146,9 +146,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     bounds = np.concatenate([sample["t_us"] for sample in samples])
     batch: Batch = {
         "key": [sample["key"] for sample in samples],
-        "events": EventBatch.from_windows(
-            [window for sample in samples for window in sample["events"]], bounds
-        ),
+        "events": EventBatch.from_windows([window for sample in samples for window in sample["events"]], bounds),
         "windows": len(samples[0]["events"]),
         "t_us": torch.from_numpy(np.stack([sample["t_us"] for sample in samples])),
         "label": torch.tensor([sample["label"] for sample in samples]),

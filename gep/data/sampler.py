@@ -83,18 +83,14 @@ class Batches:
                 f"{accumulate} micro-batches; use a multiple of {world_size * accumulate}"
             )
         if len(source) < batch_size:
-            raise ValueError(
-                f"train.batch_size={batch_size} is more than the {len(source)} training samples; lower it"
-            )
+            raise ValueError(f"train.batch_size={batch_size} is more than the {len(source)} training samples; lower it")
         self.source, self.collate = source, collate
         self.batch_size, self.accumulate = batch_size, accumulate
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.num_workers = num_workers
 
     @classmethod
-    def of_run(
-        cls, source: SampleSource, collate: Callable[[Sequence[Sample]], Batch], train: Any
-    ) -> Batches:
+    def of_run(cls, source: SampleSource, collate: Callable[[Sequence[Sample]], Batch], train: Any) -> Batches:
         """This rank's batches by a run's `TrainConfig` (batch_size, accumulate, seed, num_workers)."""
         return cls(
             source,

@@ -31,9 +31,7 @@ class SequenceConfig:
     def __post_init__(self) -> None:
         odds = self.odds
         if min(odds) < 0 or sum(odds) <= 0:
-            raise ValueError(
-                f"sequence: odds {dict(zip(LAYOUTS, odds))} must be >= 0, and one of them above 0"
-            )
+            raise ValueError(f"sequence: odds {dict(zip(LAYOUTS, odds))} must be >= 0, and one of them above 0")
 
     @property
     def odds(self) -> tuple[float, ...]:
@@ -85,9 +83,7 @@ def lay_out(kind: str, t_us: np.ndarray, pair: np.ndarray, image_t_us: np.ndarra
     elif kind == "image_first":
         frames = [(IMAGE, int(pair[0]), int(t_us[0, 0])), *events]
     elif kind == "interleave":
-        frames = [
-            frame for event, image in zip(events, pair) for frame in (event, (IMAGE, int(image), event[2]))
-        ]
+        frames = [frame for event, image in zip(events, pair) for frame in (event, (IMAGE, int(image), event[2]))]
     else:
         raise ValueError(f"sequence layout {kind!r} is not known; choose one of {', '.join(LAYOUTS)}")
     modality, source, times = (np.array(column, dtype=np.int64) for column in zip(*frames))

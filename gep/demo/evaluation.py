@@ -83,10 +83,7 @@ def evaluate(
                 kind: kshot((found.pooled(kind), labels), None, classes, config) for kind in ("all", "last")
             }
         table["early"] = {
-            stage: [
-                _early(found.early(upto), labels, classes, config)
-                for upto in range(1, found.window.shape[1] + 1)
-            ]
+            stage: [_early(found.early(upto), labels, classes, config) for upto in range(1, found.window.shape[1] + 1)]
             for stage, found in features.items()
         }
         table["zero_shot"] = {
@@ -165,9 +162,7 @@ def _train_scratch(
     return top_k_accuracy(rows["logits"], rows["label"])
 
 
-def _pictures(
-    model: GEPModel, source: Recordings, features: dict[str, WindowFeatures], folder: Path
-) -> dict[str, Any]:
+def _pictures(model: GEPModel, source: Recordings, features: dict[str, WindowFeatures], folder: Path) -> dict[str, Any]:
     """Arrays for the report: a few recordings seen by everyone, and images found from events alone."""
     from gep.models.teacher import FrozenVFM
 

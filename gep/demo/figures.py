@@ -44,9 +44,7 @@ def principal_colours(tokens: Mapping[str, np.ndarray], basis: str) -> dict[str,
     }
 
 
-def token_grid(
-    columns: Sequence[tuple[str, np.ndarray]], row_titles: Sequence[str], title: str = ""
-) -> bytes:
+def token_grid(columns: Sequence[tuple[str, np.ndarray]], row_titles: Sequence[str], title: str = "") -> bytes:
     """A table of pictures: one row a recording, one column a view.
 
     Args:
@@ -104,9 +102,7 @@ def curves(
     return png(figure)
 
 
-def shots_figure(
-    table: Mapping[str, Mapping[str, Sequence[float] | None]], colours: Mapping[str, str]
-) -> bytes:
+def shots_figure(table: Mapping[str, Mapping[str, Sequence[float] | None]], colours: Mapping[str, str]) -> bytes:
     """Accuracy over the number of labelled samples a class, with ± one standard deviation.
 
     Args:
@@ -120,9 +116,7 @@ def shots_figure(
         if points:
             x, mean, std = (np.array(column) for column in zip(*points))
             style = "--" if name.endswith("last window") else "-"
-            axis.errorbar(
-                x, mean, yerr=std, label=name, color=colours.get(name), lw=1.4, ls=style, marker="o", ms=3.5
-            )
+            axis.errorbar(x, mean, yerr=std, label=name, color=colours.get(name), lw=1.4, ls=style, marker="o", ms=3.5)
             ticks = [str(int(value)) for value in x]
             axis.set_xscale("log")
             axis.set_xticks(x, ticks)
@@ -132,9 +126,7 @@ def shots_figure(
     return png(figure)
 
 
-def retrieval_grid(
-    queries: np.ndarray, answers: np.ndarray, right: np.ndarray, row_titles: Sequence[str]
-) -> bytes:
+def retrieval_grid(queries: np.ndarray, answers: np.ndarray, right: np.ndarray, row_titles: Sequence[str]) -> bytes:
     """Events on the left, the images found from them on the right, framed by right or wrong.
 
     Args:

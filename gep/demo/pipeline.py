@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import stage1_align.run
@@ -42,8 +43,11 @@ class Size:
     num_test: int
 
 
-FULL = Size(1400, 2, 800, 500, 60, 5, 800)
-FAST = Size(250, 1, 150, 80, 15, 2, 200)
+FULL = Size(1200, 2, 600, 400, 60, 5, 800)
+FAST = Size(200, 1, 120, 50, 10, 2, 300)
+
+
+_HELD_OUT = 240  # simulated recordings of unseen digits on which both stages report their own metrics
 
 
 @dataclass
@@ -75,20 +79,17 @@ class Demo:
         with self._timed("teacher"):
             teacher = self._teacher(train, reserved)
         with self._timed("simulate"):
-            simulate_digits(
-                train, self.out / "data" / "train", split="train", copies=self.size.copies, seed=self.seed
-            )
-            if not recordings:
-                test = _spread(reserved, self.size.num_test)
-                simulate_digits(test, self.out / "data" / "test", split="train", copies=1, seed=self.seed + 1)
-        data = [f"data.root={self.out / 'data' / 'train'}", f"teacher.name=export:{teacher}"]
-        seed = f"train.seed={self.seed}"
+            data = self.out / "data"
+            simulate_digits(train, data, split="train", copies=self.size.copies, seed=self.seed)
+            count = _HELD_OUT if recordings else self.size.num_test
+            unseen = reserved.subset(_evenly(len(reserved), count))
+            simulate_digits(unseen, data, split="test", copies=1, seed=self.seed + 1)
+        common = [f"data.root={data}", f"teacher.name=export:{teacher}", f"train.seed={self.seed}"]
         with self._timed("stage1"):
             stage1 = stage1_align.run.main(
                 [
                     _config("stage1"),
-                    *data,
-                    seed,
+                    *common,
                     f"run={self.out / 'stage1'}",
                     f"train.steps={self.size.stage1_steps}",
                 ]
@@ -97,16 +98,13 @@ class Demo:
             stage2 = stage2_autoregress.run.main(
                 [
                     _config("stage2"),
-                    *data,
-                    seed,
+                    *common,
                     f"run={self.out / 'stage2'}",
                     f"model={self.out / 'stage1' / 'export'}",
                     f"train.steps={self.size.stage2_steps}",
                 ]
             )
-        listing = (
-            recordings[0] if recordings else list_recordings("nmnist", self.out / "data" / "test", "train")
-        )
+        listing = recordings[0] if recordings else list_recordings("nmnist", data, "test")
         found = evaluation.evaluate(
             listing.subset(_evenly(len(listing), self.size.num_test), listing.split),
             folder=self.out,
@@ -125,8 +123,7 @@ class Demo:
                 "token_cosine": stage1["eval/token_cosine"],
             },
             "stage2": {
-                name: stage2[f"eval/{name}"]
-                for name in ("loss", "copy_previous", "mean_token", "predicted_image_r1")
+                name: stage2[f"eval/{name}"] for name in ("loss", "copy_previous", "mean_token", "predicted_image_r1")
             },
             "seconds": self.seconds,
         }
@@ -137,9 +134,7 @@ class Demo:
 
     def _teacher(self, train: Digits, reserved: Digits) -> Path:
         """Trains and exports the stand-in image model; returns the export."""
-        settings = TrainConfig(
-            steps=self.size.teacher_steps, batch_size=64, seed=self.seed, log_every=10, save_every=0
-        )
+        settings = TrainConfig(steps=self.size.teacher_steps, batch_size=64, seed=self.seed, log_every=10, save_every=0)
         accelerator = make_accelerator(settings, self.out / "teacher")
         model = build_model()
         task = StandInTask(model)
@@ -186,23 +181,17 @@ def real_recordings(root: Path) -> list[Listing]:
     for split in ("train", "test"):
         if (root / split.capitalize()).is_dir():
             return [list_recordings("nmnist", root, split)]
-    raise FileNotFoundError(
-        f"NMNIST={root}: neither Train/ nor Test/ in it; it should hold Train/<digit>/*.bin"
-    )
+    raise FileNotFoundError(f"NMNIST={root}: neither Train/ nor Test/ in it; it should hold Train/<digit>/*.bin")
 
 
 def _config(stage: str) -> str:
     return str(resources.files("gep.demo").joinpath(f"{stage}.yaml"))
 
 
-def _evenly(count: int, most: int) -> list[int]:
-    """At most `most` indices, spread evenly."""
+def _evenly(count: int, most: int) -> np.ndarray:
+    """At most `most` of `count` indices, spread evenly."""
     kept = min(count, most)
-    return [index * count // kept for index in range(kept)]
-
-
-def _spread(digits: Digits, most: int) -> Digits:
-    return digits.subset(torch.tensor(_evenly(len(digits), most)).numpy())
+    return np.arange(kept) * count // kept
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,27 +24,23 @@ def simulate_digits(digits: Digits, root: Path, *, split: str, copies: int, seed
 
     Args:
         digits: to be shown.
-        root: a new folder, which becomes an N-MNIST root: `Train/<digit>/%05d.bin` and `train_images.npz`.
+        root: folder that becomes an N-MNIST root: `Train/<digit>/%05d.bin` and `train_images.npz`, or Test.
         split: "train" or "test".
         copies: recordings a digit, >= 1.
         seed: of warps, camera jitter and sensor.
     Returns:
         Number of recordings.
     """
-    if root.exists():
-        shutil.rmtree(root)
     folder = root / split.capitalize()
     for digit in range(10):
-        (folder / str(digit)).mkdir(parents=True)
+        (folder / str(digit)).mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, copies])
     generator = torch.Generator().manual_seed(seed)
     images = np.concatenate([digits.image] + [_warped(digits.image, rng) for _ in range(copies - 1)])
     labels = np.tile(digits.label, copies)
     for start in tqdm(range(0, len(images), _BATCH), desc=f"simulate {split}", leave=False, disable=None):
         batch = torch.from_numpy(images[start : start + _BATCH]).float() / 255
-        path = nmnist_saccades(
-            len(batch), image_size=images.shape[1:], sensor_size=NMNIST_SENSOR, generator=generator
-        )
+        path = nmnist_saccades(len(batch), image_size=images.shape[1:], sensor_size=NMNIST_SENSOR, generator=generator)
         recordings = simulate_events(
             batch, path, sensor=PIXEL, height=NMNIST_SENSOR[0], width=NMNIST_SENSOR[1], generator=generator
         )

@@ -25,9 +25,7 @@ _ROWS = (
 )
 
 
-def write(
-    folder: Path, results: Mapping[str, Any], pictures: Mapping[str, Any], *, teacher_accuracy: float
-) -> Path:
+def write(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, Any], *, teacher_accuracy: float) -> Path:
     """Writes report.html and pictures/*.png into the demo's folder.
 
     Args:
@@ -154,9 +152,7 @@ def _page(results: Mapping[str, Any], drawn: Mapping[str, bytes], teacher_accura
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     cells = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

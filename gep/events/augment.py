@@ -89,9 +89,7 @@ def draw(
     seed = int(rng.integers(2**63))
     if how == "pad":
         if cfg.crop_area_min < 1 or cfg.crop_aspect_max > 1:
-            raise ValueError(
-                "augment.crop_area_min and crop_aspect_max resize; with them set data.fit=resize"
-            )
+            raise ValueError("augment.crop_area_min and crop_aspect_max resize; with them set data.fit=resize")
         crop = centred(source, size)
     else:
         area = cfg.crop_area_min + (1 - cfg.crop_area_min) * u[0]
@@ -126,13 +124,6 @@ def draw(
         noise=float(u[21]) * cfg.max_noise,
         seed=seed,
     )
-
-
-def fit(source: tuple[int, int], size: tuple[int, int], how: str) -> Transform:
-    """The transform without randomness: from a sensor's (height, width) to a canvas, by "pad" or "resize"."""
-    if how not in ("pad", "resize"):
-        raise ValueError(f"fit = {how!r} is not one of pad, resize")
-    return Transform.pad(source, size) if how == "pad" else Transform.resize(source, size)
 
 
 def fit(source: Size, size: Size, how: str) -> Transform:

@@ -157,9 +157,7 @@ def smooth_random(
     if steps < 1 or duration_us < steps:
         raise ValueError(f"steps = {steps} must be in 1..duration_us ({duration_us})")
     if not 0 <= max_perspective < 0.25:
-        raise ValueError(
-            f"max_perspective = {max_perspective} must be in [0, 0.25), beyond it w' may reach 0"
-        )
+        raise ValueError(f"max_perspective = {max_perspective} must be in [0, 0.25), beyond it w' may reach 0")
     t_us = torch.arange(steps + 1) * duration_us // steps
     phase = 2 * math.pi * t_us.double() / duration_us
 
@@ -183,9 +181,7 @@ def smooth_random(
         ratios = [image / sensor for image, sensor in zip(image_size, sensor_size, strict=True)]
         zoom = zoom * (max(ratios) if fit == "contain" else min(ratios))
 
-    (image_y, image_x), (sensor_y, sensor_x) = (
-        [(side - 1) / 2 for side in size] for size in (image_size, sensor_size)
-    )
+    (image_y, image_x), (sensor_y, sensor_x) = ([(side - 1) / 2 for side in size] for size in (image_size, sensor_size))
     cos, sin = torch.cos(rotation), torch.sin(rotation)
     matrix = torch.zeros(batch, steps + 1, 3, 3, dtype=torch.float64)
     matrix[..., 0, 0], matrix[..., 0, 1] = zoom * cos, zoom * (shear * cos - sin)

@@ -78,7 +78,5 @@ def _cut(events: Events, bounds: np.ndarray | None, settings: Mapping[str, Any],
         start = (len(events) - limit) // 2
         events = events[start : start + limit]
     windows = cut_windows(events, num, window_us) if bounds is None else by_bounds(events, bounds)
-    step = augment.fit(
-        (events.height, events.width), (settings["height"], settings["width"]), settings["fit"]
-    )
+    step = augment.fit((events.height, events.width), (settings["height"], settings["width"]), settings["fit"])
     return Windows(*step.apply_events(windows.events, windows.bounds))

@@ -175,9 +175,7 @@ def build(name: str, params: Mapping[str, Any] | None = None) -> Representation:
     valid = [field.name for field in dataclasses.fields(REPRESENTATIONS[name])]
     unknown = sorted(set(params) - set(valid))
     if unknown:
-        raise ValueError(
-            f"{name} has no parameter {', '.join(unknown)}; it takes {', '.join(valid) or 'none'}"
-        )
+        raise ValueError(f"{name} has no parameter {', '.join(unknown)}; it takes {', '.join(valid) or 'none'}")
     return REPRESENTATIONS[name](**params)
 
 
@@ -190,9 +188,7 @@ def describe(representation: Representation) -> dict[str, Any]:
     for name, kind in REPRESENTATIONS.items():
         if type(representation) is kind:
             return {"name": name, "params": dataclasses.asdict(representation)}
-    raise ValueError(
-        f"{type(representation).__name__} is not in REPRESENTATIONS: {', '.join(REPRESENTATIONS)}"
-    )
+    raise ValueError(f"{type(representation).__name__} is not in REPRESENTATIONS: {', '.join(REPRESENTATIONS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,9 +151,7 @@ def tencode(batch: EventBatch, *, out: torch.Tensor | None = None) -> torch.Tens
     return out
 
 
-def event_image(
-    batch: EventBatch, *, percentile: float = 99.0, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def event_image(batch: EventBatch, *, percentile: float = 99.0, out: torch.Tensor | None = None) -> torch.Tensor:
     """Counts as ink on white: the polarity with more events at a pixel paints it, ON red, OFF blue.
 
     Ink is n = min(c, q) / q, q the percentile of that window's and polarity's nonzero counts (linearly

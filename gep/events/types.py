@@ -68,16 +68,13 @@ class Events:
             EventFormatError: naming the source, the first offending index and the fault.
         """
         if not 0 < self.height <= _MAX_SIDE or not 0 < self.width <= _MAX_SIDE:
-            raise EventFormatError(
-                f"{source}: sensor size {self.height}x{self.width} is not in 1..{_MAX_SIDE}"
-            )
+            raise EventFormatError(f"{source}: sensor size {self.height}x{self.width} is not in 1..{_MAX_SIDE}")
         for name, dtype in _DTYPES.items():
             array = getattr(self, name)
             if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
                 what = f"{getattr(array, 'dtype', type(array))} {getattr(array, 'shape', '')}"
                 raise EventFormatError(
-                    f"{source}: {name} must be a 1-D {np.dtype(dtype)} array, got {what}; "
-                    "Events.from_arrays converts"
+                    f"{source}: {name} must be a 1-D {np.dtype(dtype)} array, got {what}; Events.from_arrays converts"
                 )
             if len(array) != len(self.t):
                 raise EventFormatError(f"{source}: {name} has {len(array)} entries where t has {len(self.t)}")
@@ -136,9 +133,7 @@ class Events:
             wrong = (p != 1) & (p != -1)
             if wrong.any():
                 index = int(np.argmax(wrong))
-                raise EventFormatError(
-                    f"{source}: event {index}: p = {p[index]} where polarities are {{-1, 1}}"
-                )
+                raise EventFormatError(f"{source}: event {index}: p = {p[index]} where polarities are {{-1, 1}}")
             p = p > 0
         given = {"t": t, "x": x, "y": y, "p": p}
         cast = {name: _cast(name, array, _DTYPES[name], source) for name, array in given.items()}

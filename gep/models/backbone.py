@@ -195,9 +195,7 @@ class Backbone(nn.Module):
         following = modality if next_modality is None else next_modality
         return BackboneOutput(hidden, self._next(hidden, modality, following), self.image_head(hidden))
 
-    def next_targets(
-        self, tokens: Tensor, valid: Tensor | None = None, modality: Tensor | None = None
-    ) -> NextTargets:
+    def next_targets(self, tokens: Tensor, valid: Tensor | None = None, modality: Tensor | None = None) -> NextTargets:
         """The tokens that `next` predicts, shifted by a frame or by a token as `order` says.
 
         Args:
@@ -271,9 +269,7 @@ class Backbone(nn.Module):
             mask = mask & (torch.arange((past + num) * count, device=device) <= row)
         return mask[:, None], False
 
-    def _remember(
-        self, cache: KVCache, valid: Tensor | None, batch: int, num: int, device: torch.device
-    ) -> None:
+    def _remember(self, cache: KVCache, valid: Tensor | None, batch: int, num: int, device: torch.device) -> None:
         cache.padded = cache.padded or valid is not None
         new = torch.ones(batch, num, dtype=torch.bool, device=device) if valid is None else valid
         seen = new if cache.valid is None else torch.cat([cache.valid, new], dim=1)

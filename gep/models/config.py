@@ -38,9 +38,7 @@ class TeacherConfig:
                 f"teacher.name is empty and the encoder preset {encoder_preset!r} has no teacher of its own; "
                 "name one: timm:<name>, open_clip:<arch>/<tag> or export:<folder>"
             )
-        return FrozenVFM.from_spec(
-            name, file=self.file, pool=self.pool, pretrained=not self.random, device=device
-        )
+        return FrozenVFM.from_spec(name, file=self.file, pool=self.pool, pretrained=not self.random, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,9 +81,7 @@ class EventEncoder(nn.Module):
         std = None if std is None else [float(s) for s in std]
         for key, value in (("mean", mean), ("std", std)):
             if value is not None and len(value) != in_chans:
-                raise ValueError(
-                    f"{key} has {len(value)} values for in_chans = {in_chans}: give one a channel"
-                )
+                raise ValueError(f"{key} has {len(value)} values for in_chans = {in_chans}: give one a channel")
         self.config: dict[str, Any] = {
             "arch": arch,
             "in_chans": in_chans,

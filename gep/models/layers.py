@@ -60,13 +60,10 @@ class Rotary:
     ) -> None:
         if head_dim % 2 or head_dim < 6:
             raise ValueError(
-                f"width / heads = {head_dim} cannot be split over row, column and time: it must be even and "
-                f">= 6"
+                f"width / heads = {head_dim} cannot be split over row, column and time: it must be even and >= 6"
             )
         if not 0 < min_us < max_us:
-            raise ValueError(
-                f"time scales min_us = {min_us}, max_us = {max_us}: 0 < min_us < max_us is needed"
-            )
+            raise ValueError(f"time scales min_us = {min_us}, max_us = {max_us}: 0 < min_us < max_us is needed")
         self.num_space = head_dim // 6
         self.num_time = head_dim // 2 - 2 * self.num_space
         self.min_us, self.max_us, self.base = min_us, max_us, base

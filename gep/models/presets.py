@@ -17,9 +17,7 @@ class Preset(NamedTuple):
 
 PRESETS: Mapping[str, Preset] = {
     "nano": Preset("nano", (36, 36), None),
-    "small": Preset(
-        "vit_small_patch14_reg4_dinov2", (224, 224), "timm:vit_small_patch14_reg4_dinov2.lvd142m"
-    ),
+    "small": Preset("vit_small_patch14_reg4_dinov2", (224, 224), "timm:vit_small_patch14_reg4_dinov2.lvd142m"),
     "base": Preset("vit_base_patch14_reg4_dinov2", (224, 224), "timm:vit_base_patch14_reg4_dinov2.lvd142m"),
     "small_dinov3": Preset("vit_small_patch16_dinov3", (224, 224), "timm:vit_small_patch16_dinov3.lvd1689m"),
     "clip_b16": Preset("vit_base_patch16_clip_224", (224, 224), "open_clip:ViT-B-16/laion2b_s34b_b88k"),

@@ -51,15 +51,11 @@ class ImageModel(nn.Module):
         config = {"encoder": self.encoder.config, "classes": self.classes}
         card = export.model_card(
             title="Stand-in image model",
-            summary="A small image classifier that stands in for a vision foundation model as the frozen "
-            "teacher.",
+            summary="A small image classifier that stands in for a vision foundation model as the frozen teacher.",
             config=config,
             data=data,
             metrics=metrics,
-            usage=(
-                "from gep.models import FrozenVFM\n\n"
-                f'teacher = FrozenVFM.from_spec("export:{Path(folder).name}")'
-            ),
+            usage=(f'from gep.models import FrozenVFM\n\nteacher = FrozenVFM.from_spec("export:{Path(folder).name}")'),
         )
         return export.save_folder(folder, kind=KIND, config=config, state=self.state_dict(), card=card)
 
@@ -141,15 +137,11 @@ class FrozenVFM:
         if pool not in ("mean", "cls"):
             raise ValueError(f"teacher pool {pool!r}: choose one of mean, cls")
         if file is not None and not Path(file).expanduser().is_file():
-            raise FileNotFoundError(
-                f"teacher.file {file} does not exist: give a local weights file of {spec}"
-            )
+            raise FileNotFoundError(f"teacher.file {file} does not exist: give a local weights file of {spec}")
         if isinstance(image_size, int):
             image_size = (image_size, image_size)
         size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
-        parts = builders[kind](
-            name, None if file is None else Path(file).expanduser(), size, pool, pretrained
-        )
+        parts = builders[kind](name, None if file is None else Path(file).expanduser(), size, pool, pretrained)
         teacher = cls(spec, image_size=size, **parts)
         if size is not None:
             teacher.grid(*size)
@@ -168,9 +160,9 @@ class FrozenVFM:
         """
         image = as_float(image.to(self.device))
         if self.image_size is not None and tuple(image.shape[-2:]) != self.image_size:
-            image = F.interpolate(
-                image, self.image_size, mode="bicubic", align_corners=False, antialias=True
-            ).clamp(0, 1)
+            image = F.interpolate(image, self.image_size, mode="bicubic", align_corners=False, antialias=True).clamp(
+                0, 1
+            )
         self.grid(*image.shape[-2:])  # a wrong size ends here, in words
         tokens, pooled = self._forward(((image - self._mean) / self._std).to(self.dtype))
         return tokens.float(), pooled.float()
@@ -186,9 +178,7 @@ class FrozenVFM:
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (K, pooled_dim) of prompts; ValueError for a model without a text tower."""
         if self._text is None:
-            raise ValueError(
-                f"teacher {self.spec} has no text tower ({self._text_reason}): use open_clip:<arch>/<tag>"
-            )
+            raise ValueError(f"teacher {self.spec} has no text tower ({self._text_reason}): use open_clip:<arch>/<tag>")
         return F.normalize(self._text(list(prompts)).float(), dim=-1)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -261,9 +251,7 @@ def _from_open_clip(
     name: str, file: Path | None, size: tuple[int, int] | None, pool: str, pretrained: bool
 ) -> dict[str, Any]:
     if pool != "mean":
-        raise ValueError(
-            "teacher pool = cls has no meaning for open_clip: pooled is its joint-space embedding"
-        )
+        raise ValueError("teacher pool = cls has no meaning for open_clip: pooled is its joint-space embedding")
     return teacher_clip.build(name, file=file, size=size, pretrained=pretrained)
 
 
@@ -276,9 +264,7 @@ def _from_export(
     try:
         model = ImageModel(config["encoder"], config["classes"])
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{name}: config.json does not describe an image model ({error!r}): export again"
-        ) from error
+        raise ValueError(f"{name}: config.json does not describe an image model ({error!r}): export again") from error
     if pretrained:
         export.load_strict(model, state, source=name)
     encoder = model.encoder

@@ -138,9 +138,7 @@ def _trunk_forward(tower: TimmModel, x: Tensor) -> tuple[Tensor, Tensor]:
     return split_tokens(tower.trunk, features)[1], tower.head(tower.trunk.forward_head(features))
 
 
-def _grid(
-    spec: str, size: tuple[int, int], patch: tuple[int, int], height: int, width: int
-) -> tuple[int, int]:
+def _grid(spec: str, size: tuple[int, int], patch: tuple[int, int], height: int, width: int) -> tuple[int, int]:
     if (height, width) != size:
         raise ValueError(
             f"{spec} takes {size[0]}x{size[1]} images, got {height}x{width}: set teacher.image_size to have "

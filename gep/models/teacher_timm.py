@@ -34,9 +34,7 @@ def build(name: str, *, file: Path | None, size: tuple[int, int] | None, pretrai
     arch = name.split(".")[0]
     if arch not in timm.list_models():
         near = difflib.get_close_matches(arch, timm.list_models("vit_*"), n=5)
-        raise ValueError(
-            f"timm has no model {arch!r}: near names are {', '.join(near) or 'none; use a vit_*'}"
-        )
+        raise ValueError(f"timm has no model {arch!r}: near names are {', '.join(near) or 'none; use a vit_*'}")
     if not any(arch in timm.list_models(module=module) for module in ("vision_transformer", "eva")):
         raise ValueError(f"timm:{name} has no patch tokens: choose a vit_* model")
     known = timm.list_pretrained(arch)
@@ -82,9 +80,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"teacher.file {file} cannot be read as weights ({cause}): download it again"
-        ) from error
+        raise ValueError(f"teacher.file {file} cannot be read as weights ({cause}): download it again") from error
 
 
 def _load_file(vit: nn.Module, file: Path, spec: str) -> None:

@@ -159,7 +159,6 @@ def vit_grid(vit: nn.Module, height: int, width: int) -> tuple[int, int]:
     if height % ph or width % pw or not height or not width:
         up = -(-height // ph) * ph, -(-width // pw) * pw
         raise ValueError(
-            f"size {height}x{width} is not a multiple of the {ph}x{pw} patch: pad or resize it to "
-            f"{up[0]}x{up[1]}"
+            f"size {height}x{width} is not a multiple of the {ph}x{pw} patch: pad or resize it to {up[0]}x{up[1]}"
         )
     return height // ph, width // pw

@@ -38,9 +38,7 @@ def read_npy(path: str | Path, *, height: int | None = None, width: int | None =
         begin = file.tell() - getattr(rows, "nbytes", 0)
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != 4 or rows.dtype.kind != "f":
         what = f"{rows.dtype} {rows.shape}" if isinstance(rows, np.ndarray) else "an archive"
-        raise EventFormatError(
-            f"{path}: holds {what}, expected float (N, 4) of x, y, t in seconds, p in -1/+1"
-        )
+        raise EventFormatError(f"{path}: holds {what}, expected float (N, 4) of x, y, t in seconds, p in -1/+1")
     if len(rows) == 0:
         raise EventFormatError(f"{path}: byte {begin}: holds no events")
     seconds = rows[:, 2].astype(np.float64)
@@ -48,9 +46,7 @@ def read_npy(path: str | Path, *, height: int | None = None, width: int | None =
     if not good.all():
         index = int(np.argmin(good))
         at = f"byte {begin + index * rows.strides[0]}: " if rows.flags.c_contiguous else ""
-        raise EventFormatError(
-            f"{path}: {at}event {index} is not finite or out of range: {rows[index].tolist()}"
-        )
+        raise EventFormatError(f"{path}: {at}event {index} is not finite or out of range: {rows[index].tolist()}")
     if height is None or width is None:
         height, width = _SENSOR
     return Events.from_arrays(

@@ -46,8 +46,7 @@ def read_npz(path: str | Path, *, height: int | None = None, width: int | None =
         data = arrays[_STRUCTURED]
         if not set(_FIELDS) <= set(data.dtype.names or ()) or data.ndim != 1:
             raise EventFormatError(
-                f"{path}: '{_STRUCTURED}' is {data.dtype} {data.shape}, "
-                "expected (N,) with the fields x, y, t, p"
+                f"{path}: '{_STRUCTURED}' is {data.dtype} {data.shape}, expected (N,) with the fields x, y, t, p"
             )
         arrays = {name: data[name] for name in _FIELDS}
     elif set(arrays) == set(_OLD_KEYS):
