@@ -55,6 +55,11 @@ def fit_linear_probe(
     mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     x = (x - mean) / scale
+    basis = None
+    if x.shape[1] > len(x):
+        # The penalty keeps the optimum in the span of the samples: N unknowns a class instead of D, exactly.
+        basis = torch.linalg.qr(x.T).Q
+        x = x @ basis
     weight = torch.zeros(num_classes, x.shape[1], dtype=torch.float64, device=x.device, requires_grad=True)
     bias = torch.zeros(num_classes, dtype=torch.float64, device=x.device, requires_grad=True)
     solver = torch.optim.LBFGS(
@@ -73,4 +78,5 @@ def fit_linear_probe(
 
     with torch.enable_grad():
         solver.step(closure)
-    return LinearProbe(mean, scale, weight.detach(), bias.detach())
+    found = weight.detach() if basis is None else weight.detach() @ basis.T
+    return LinearProbe(mean, scale, found, bias.detach())

@@ -55,6 +55,18 @@ def test_probe_is_the_regularised_optimum() -> None:
     assert torch.equal(again.weight, probe.weight)
 
 
+def test_probe_with_more_features_than_samples_is_the_same_optimum() -> None:
+    rng = np.random.default_rng(1)
+    x, y = torch.tensor(rng.normal(size=(12, 40))), torch.tensor(rng.integers(0, 3, 12))
+    probe = fit_linear_probe(x, y, 3, c=2.0)
+    z = ((x - probe.mean) / probe.scale).numpy()
+    logits = z @ probe.weight.numpy().T + probe.bias.numpy()
+    share = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    residual = (share - np.eye(3)[y.numpy()]) / 12
+    # All 40 components of the gradient vanish, not only those in the span that was searched.
+    assert np.abs(residual.T @ z + probe.weight.numpy() / (2.0 * 12)).max() < 1e-5
+
+
 def test_probe_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="labels span 0..3"):
         fit_linear_probe(torch.zeros(2, 4), torch.tensor([0, 3]), 3)

@@ -37,6 +37,8 @@ from gep.evaluate import collect
 from gep.hub import GEPModel
 from gep.optim import param_groups
 
+_START_SAMPLES = 4096  # enough to standardise features and to start the head from
+
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs one mode; writes results.json into the run folder and returns what is in it."""
@@ -120,6 +122,15 @@ def finetune(
         label_smoothing=cfg.label_smoothing,
     )
     scratch = cfg.mode == "scratch"
+    start = train_set.listing.subset(_evenly(len(train_set), _START_SAMPLES), "start of the head")
+    features, labels = extract(
+        model,
+        Recordings(start, data, paired=False),
+        accelerator,
+        batch_size=max(1, cfg.train.batch_size // accelerator.num_processes),
+        use_backbone=cfg.use_backbone,
+    )
+    task.to(accelerator.device).start_from(features.pooled(cfg.feature), None if scratch else labels, cfg.probe.c)
     rates = {"encoder": 1.0 if scratch else cfg.encoder_lr}
     if task.backbone is not None:
         rates["backbone"] = 1.0 if scratch else cfg.backbone_lr
@@ -160,6 +171,11 @@ def finetune(
         described = {"train": train_set.listing.describe(), "test": test_set.listing.describe()}
         model.save_pretrained(run_dir / "export", metrics=metrics, data=described)
     return {"mode": cfg.mode, "list": test_set.listing.hash, "num_test": len(test_set), **metrics}
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    kept = min(count, most)
+    return np.arange(kept) * count // kept
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class Size:
     num_test: int
 
 
-FULL = Size(1200, 2, 600, 400, 60, 5, 800)
-FAST = Size(200, 1, 120, 50, 10, 2, 300)
+FULL = Size(1100, 2, 600, 360, 48, 2, 800)
+FAST = Size(200, 1, 120, 50, 8, 2, 300)
 
 
 _HELD_OUT = 240  # simulated recordings of unseen digits on which both stages report their own metrics
