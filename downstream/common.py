@@ -25,6 +25,8 @@ class WindowFeatures:
     """(B, T, K): window t alone for an encoder; for a backbone, window t with all windows before it"""
     image: Tensor
     """(B, T, D): mean token in the image model's space, as `GEPModel.classify` takes it"""
+    encoder: Tensor
+    """(B, T, D): the encoder's mean token of window t alone"""
     has_past: bool
     """whether window t has seen the windows before it"""
 
@@ -39,6 +41,10 @@ class WindowFeatures:
         """
         window = self.window[:, :upto]
         return window[:, -1] if feature == "last" else window.mean(dim=1)
+
+    def in_image_space(self) -> Tensor:
+        """(B, D) for zero-shot: the image predicted after the last window, or the encoder's mean over windows."""
+        return self.image[:, -1] if self.has_past else self.image.mean(dim=1)
 
     def early(self, upto: int) -> Tensor:
         """What a model knows after `upto` windows: its newest state if that has seen the past, else the mean."""
@@ -58,7 +64,8 @@ def window_features(model: GEPModel, batch: dict[str, Any], *, use_backbone: boo
     tokens = tokens.float().unflatten(0, (-1, batch["windows"]))
     if model.backbone is None or not use_backbone:
         mean = tokens.mean(dim=2)
-        return WindowFeatures(mean, mean, has_past=False)
+        return WindowFeatures(mean, mean, mean, has_past=False)
+    encoder_mean = tokens.mean(dim=2)
     tokens = F.layer_norm(tokens, tokens.shape[-1:])
     output = model.backbone(
         tokens,
@@ -69,7 +76,7 @@ def window_features(model: GEPModel, batch: dict[str, Any], *, use_backbone: boo
     image = output.image.float().mean(dim=2)
     # The hidden state knows more than the image it predicts; both together probe best (docs/LOG.md).
     hidden = output.hidden.float().mean(dim=2)
-    return WindowFeatures(torch.cat([image, hidden], dim=-1), image, has_past=True)
+    return WindowFeatures(torch.cat([image, hidden], dim=-1), image, encoder_mean, has_past=True)
 
 
 def pixel_features(batch: dict[str, Any], cells: tuple[int, int], represent: Any) -> Tensor:
@@ -106,7 +113,13 @@ def extract(
 
     def rows(batch: dict[str, Any]) -> dict[str, Tensor]:
         features = window_features(model, batch, use_backbone=use_backbone)
-        return {"window": features.window, "image": features.image, "label": batch["label"]}
+        return {
+            "window": features.window,
+            "image": features.image,
+            "encoder": features.encoder,
+            "label": batch["label"],
+        }
 
     found = collect(rows, source, collate=collate, batch_size=batch_size, accelerator=accelerator, title=title)
-    return WindowFeatures(found["window"].float(), found["image"].float(), has_past), found["label"]
+    parts = (found[name].float() for name in ("window", "image", "encoder"))
+    return WindowFeatures(*parts, has_past), found["label"]

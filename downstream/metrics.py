@@ -22,7 +22,7 @@ def top_k_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
     if len(labels) == 0:
         return float("nan")
     own = logits.gather(1, labels[:, None])
-    ahead = (logits >= own).sum(dim=1) - 1
+    ahead = (~(logits < own)).sum(dim=1) - 1  # NaN counts against the label too
     return 100 * (ahead < k).double().mean().item()
 
 

@@ -7,6 +7,7 @@ A checkpoint without its `complete` marker, or whose files are not of the size t
 count.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from accelerate import Accelerator
 from omegaconf import OmegaConf
@@ -41,7 +42,13 @@ class CheckpointError(OSError):
     """A checkpoint could not be written or read; the message names the path and the way out."""
 
 
-def prepare_run_dir(run_dir: str | os.PathLike[str], cfg: Any, *, may_differ: Sequence[str] = ()) -> Path:
+def prepare_run_dir(
+    run_dir: str | os.PathLike[str],
+    cfg: Any,
+    *,
+    may_differ: Sequence[str] = (),
+    inputs: Mapping[str, str | os.PathLike[str]] | None = None,
+) -> Path:
     """Make a run folder with config.yaml and commit.txt, or check that an existing one fits the
     configuration.
 
@@ -51,6 +58,8 @@ def prepare_run_dir(run_dir: str | os.PathLike[str], cfg: Any, *, may_differ: Se
         run_dir: the folder; made where missing.
         cfg: the root dataclass; `cfg.train.resume` is honoured where there is one.
         may_differ: further ends of dotted names that do not change results.
+        inputs: field -> file that the run starts from (another run's weights). Its path may change, its content may
+            not; files that do not exist are passed over.
     Returns:
         run_dir as a Path.
     Raises:
@@ -65,14 +74,43 @@ def prepare_run_dir(run_dir: str | os.PathLike[str], cfg: Any, *, may_differ: Se
             if problem is None and path.is_file():
                 old, new = OmegaConf.load(path), OmegaConf.create(config.dump(cfg))
                 problem = difference(OmegaConf.to_container(old), OmegaConf.to_container(new), path, may_differ)
+        digests = {name: _digest(Path(file)) for name, file in (inputs or {}).items() if Path(file).is_file()}
+        if problem is None and has_progress(run_dir):
+            problem = _input_problem(run_dir / "inputs.json", digests)
         if problem is None:
             run_dir.mkdir(parents=True, exist_ok=True)
             config.save(cfg, run_dir / "config.yaml")
             _note_commit(run_dir / "commit.txt")
+            (run_dir / "inputs.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     problem = distributed.gather_objects(problem)[0]
     if problem is not None:
         raise ValueError(problem)
     return run_dir
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _input_problem(path: Path, digests: Mapping[str, str]) -> str | None:
+    if not path.is_file():
+        return None
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(name for name in before if name in digests and before[name] != digests[name])
+    if not changed:
+        return None
+    return (
+        f"{path.parent} was begun with other weights than those that {', '.join(changed)} names now: going on would "
+        "mix the two. Choose another run folder, or move this one away"
+    )
 
 
 def has_progress(run_dir: Path) -> bool:

@@ -173,6 +173,7 @@ class _Run:
         Where they are due in the same step, logging comes before evaluating, and that before saving.
         """
         train = self.train
+        self.task.train()
         # Starting a DataLoader draws from torch's generator, and a resumed run starts one more: give it back.
         with torch.random.fork_rng(devices=[]):
             stream = iter(batches(self.step)) if self.step < train.steps else iter(())
@@ -255,8 +256,12 @@ class _Run:
     def evaluate(self, evaluate: Evaluate) -> None:
         """The task's own evaluation as a line of its own in metrics.jsonl, names under eval/."""
         self.task.eval()
+        if self.accelerator.is_fsdp2:  # evaluation may go past the root's forward, which gathers its parameters
+            self.model.unshard()
         with torch.no_grad():
             found = evaluate(self.task, self.step)
+        if self.accelerator.is_fsdp2:
+            self.model.reshard()
         self.task.train()
         found = {name if name.startswith("eval/") else f"eval/{name}": float(value) for name, value in found.items()}
         self.metrics.write({"step": self.step, **found})

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from gep.accelerator import to_device
 from gep.data.sampler import Batch, EvaluationBatches, Sample, SampleSource
 
 
@@ -65,10 +66,3 @@ def collect(
     place_of = {index: row for row, index in enumerate(visited.tolist())}
     place = torch.tensor([place_of[index] for index in batches.indices])
     return {name: torch.cat(parts)[place] for name, parts in chunks.items()}
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Moves everything in a batch that knows how to move; strings and numbers stay as they are."""
-    return {
-        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value for name, value in batch.items()
-    }

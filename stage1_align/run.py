@@ -16,8 +16,9 @@ from gep.data.paired import build, collate
 from gep.data.sampler import Batches
 from gep.engine import fit, make_accelerator
 from gep.evaluate import collect
+from gep.export import WEIGHTS
 from gep.hub import GEPModel
-from stage1_align.task import Stage1Config, Stage1Task, evaluate_alignment
+from stage1_align.task import Stage1Config, Stage1Task, check_fit, evaluate_alignment
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -30,13 +31,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     encoder = cfg.encoder.build(
         in_chans=represent.channels, size=(cfg.data.height, cfg.data.width), head_dim=teacher.pooled_dim
     )
+    check_fit(encoder, teacher, cfg)
     accelerator.print(f"train on {train_set.listing.describe()}\nevaluate on {eval_set.listing.describe()}")
     if cfg.encoder.init == "teacher":
-        if teacher.visual is None:
-            raise ValueError(f"encoder.init=teacher: {teacher.visual_reason}; set encoder.init=random")
-        accelerator.print(encoder.init_from(teacher.visual))
-    run_dir = prepare_run_dir(cfg.run, cfg, may_differ=("run", "data.root"))
-    task = Stage1Task(encoder, teacher, represent, cfg.loss)
+        accelerator.print(encoder.init_from_teacher(teacher))
+    run_dir = prepare_run_dir(
+        cfg.run,
+        cfg,
+        may_differ=("run", "data.root"),
+        inputs={"teacher.name": f"{teacher.spec.removeprefix('export:')}/{WEIGHTS}"},
+    )
+    vectors = None
+    if teacher.classes is not None and tuple(teacher.classes) != eval_set.listing.classes:
+        accelerator.print(f"no zero-shot accuracy: the teacher's classes are not those of {eval_set.listing.name}")
+        teacher.classes = teacher.class_head = None
+    if teacher.has_text:
+        vectors = teacher.text([cfg.prompt.format(name.replace("_", " ")) for name in eval_set.listing.classes])
+    task = Stage1Task(encoder, teacher, represent, cfg.loss, vectors)
 
     def evaluate(_: nn.Module, step: int) -> dict[str, float]:
         rows = collect(

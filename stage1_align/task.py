@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from gep.data.paired import DataConfig
 from gep.distributed import gather, gather_with_grad, rank, world_size
 from gep.engine import TrainConfig
-from gep.events.represent import Representation, RepresentConfig
+from gep.events.represent import Representation, RepresentConfig, histogram
+from gep.events.types import EventBatch
 from gep.losses import info_nce, regression, siglip, similarity_structure
 from gep.models.config import EncoderConfig, TeacherConfig
 from gep.models.encoder import EventEncoder
@@ -69,9 +70,20 @@ class Stage1Config:
     represent: RepresentConfig = field(default_factory=RepresentConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    prompt: str = "a photo of a {}"
+    """sentence that a class name is put into for zero-shot through an open_clip teacher's text tower"""
     loss: AlignLossConfig = field(default_factory=AlignLossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.loss.contrastive and self.train.accumulate > 1 and self.encoder.drop_path > 0:
+            raise ValueError(
+                f"train.accumulate={self.train.accumulate} caches features that encoder.drop_path="
+                f"{self.encoder.drop_path} would draw anew; set one of them off, or loss.contrastive=0"
+            )
+        if self.prompt.count("{}") != 1:
+            raise ValueError(f"prompt={self.prompt!r} must hold one {{}}, the place of the class name")
 
 
 class Stage1Task(nn.Module):
@@ -82,10 +94,20 @@ class Stage1Task(nn.Module):
         teacher: frozen, and no part of this module's parameters.
         represent: ragged event batch -> (B·T, C, H, W).
         loss: terms and weights.
+        class_vectors: (K, P) unit text vectors of the classes for zero-shot evaluation; None = the teacher's class
+            head, where it has one.
     """
 
-    def __init__(self, encoder: EventEncoder, teacher: FrozenVFM, represent: Representation, loss: AlignLossConfig):
+    def __init__(
+        self,
+        encoder: EventEncoder,
+        teacher: FrozenVFM,
+        represent: Representation,
+        loss: AlignLossConfig,
+        class_vectors: Tensor | None = None,
+    ):
         super().__init__()
+        self._class_vectors = (class_vectors,)  # in a tuple: no parameter, no buffer, not saved
         self.represent = represent
         self.encoder = encoder
         self.teacher = teacher
@@ -122,7 +144,7 @@ class Stage1Task(nn.Module):
             target = layer_normalise(target)
         terms: dict[str, Tensor] = {}
         if self.loss.regression:
-            weight = self._activity(frames) if self.loss.activity else None
+            weight = self._activity(batch["events"]) if self.loss.activity else None
             terms["regression"] = regression(tokens, target, kind=self.loss.regression_kind, weight=weight)
         if self.loss.similarity:
             terms["similarity"] = similarity_structure(tokens, target)
@@ -167,7 +189,11 @@ class Stage1Task(nn.Module):
             "token_cosine": cosine,
             "label": batch["label"],
         }
-        logits = self.teacher.classify(per_sample.mean(dim=(1, 2)))
+        vectors = self._class_vectors[0]
+        if vectors is None:
+            logits = self.teacher.classify(per_sample.mean(dim=(1, 2)))
+        else:
+            logits = rows["event"] @ vectors.to(rows["event"]).T
         if logits is not None:
             rows["zero_shot"] = logits.argmax(dim=-1)
         return rows
@@ -204,12 +230,27 @@ class Stage1Task(nn.Module):
         value = shared.detach()
         return value, parts * (local - local.detach()) + shared
 
-    def _activity(self, frames: Tensor) -> Tensor:
+    def _activity(self, events: EventBatch) -> Tensor:
         """(B, N) weights: 1 − a + a · (events in the patch ÷ mean over patches), a = loss.activity."""
-        patch = self.encoder.patch_size
-        counts = F.avg_pool2d(frames.abs().sum(dim=1, keepdim=True), patch, ceil_mode=True).flatten(1)
+        counted = histogram(events).sum(dim=1, keepdim=True)
+        counts = F.avg_pool2d(counted, self.encoder.patch_size, ceil_mode=True).flatten(1)
         share = counts / counts.mean(dim=1, keepdim=True).clamp_min(1e-12)
         return 1 - self.loss.activity + self.loss.activity * share
+
+
+def check_fit(encoder: EventEncoder, teacher: FrozenVFM, cfg: Stage1Config) -> None:
+    """Raises ValueError where the encoder's tokens cannot be compared with the teacher's, naming fields and fix."""
+    size = (cfg.data.height, cfg.data.width)
+    if encoder.embed_dim != teacher.embed_dim:
+        raise ValueError(
+            f"encoder.preset={cfg.encoder.preset} gives tokens of {encoder.embed_dim} features, teacher.name="
+            f"{teacher.spec} of {teacher.embed_dim}; choose a pair of equal width"
+        )
+    if encoder.grid(*size) != teacher.grid(*size):
+        raise ValueError(
+            f"data.height={size[0]} data.width={size[1]}: {encoder.grid(*size)} event tokens and {teacher.grid(*size)} "
+            "image tokens (rows, columns); choose an encoder and a teacher of equal patch size, or teacher.image_size"
+        )
 
 
 def layer_normalise(tokens: Tensor) -> Tensor:
@@ -232,7 +273,7 @@ def evaluate_alignment(rows: dict[str, Tensor]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, matrix in (("event_to_image", similarity), ("image_to_event", similarity.T)):
         own = matrix.diagonal()[:, None]
-        ahead = (matrix >= own).sum(dim=1) - 1
+        ahead = (~(matrix < own)).sum(dim=1) - 1  # NaN counts against us too
         for k in (1, 5):
             metrics[f"{name}_r{k}"] = 100 * (ahead < k).float().mean().item()
     metrics["token_cosine"] = rows["token_cosine"].mean().item()

@@ -5,18 +5,18 @@ accelerate launch stage2_autoregress/run.py configs/stage2/nmnist.yaml model=run
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from torch import nn
 
 from gep import config
 from gep.checkpoint import prepare_run_dir
-from gep.data.paired import build
+from gep.data.paired import build, take_over
 from gep.data.sampler import Batches
 from gep.data.sequence import Sequences, collate_sequences
 from gep.engine import fit, make_accelerator
 from gep.evaluate import collect
+from gep.export import WEIGHTS
 from gep.hub import GEPModel
 from stage2_autoregress.task import Stage2Config, Stage2Task, evaluate_prediction
 from stage2_autoregress.tokens import FrozenTokens
@@ -27,12 +27,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     cfg = config.load(Stage2Config, argv)
     accelerator = make_accelerator(cfg.train, cfg.run)
     model = GEPModel.from_pretrained(cfg.model).to(accelerator.device)
-    # The encoder fixes what its input looks like; a config that says otherwise would feed it the wrong thing.
-    data = dataclasses.replace(cfg.data, **model.input_settings)
+    data = take_over(cfg.data, model.input_settings, cfg.model)
     train_set, eval_set = build(data, paired=True)
     accelerator.print(f"train on {train_set.listing.describe()}\nevaluate on {eval_set.listing.describe()}")
     teacher = cfg.teacher.build(encoder_preset=model.preset, device=accelerator.device)
-    run_dir = prepare_run_dir(cfg.run, cfg, may_differ=("run", "data.root", "model"))
+    run_dir = prepare_run_dir(
+        cfg.run,
+        cfg,
+        may_differ=("run", "data.root", "model"),
+        inputs={"model": f"{cfg.model}/{WEIGHTS}", "teacher.name": f"{teacher.spec.removeprefix('export:')}/{WEIGHTS}"},
+    )
     backbone = cfg.backbone.build(model.encoder.embed_dim)
     task = Stage2Task(backbone, FrozenTokens(model.encoder, teacher, model.represent), cfg.loss)
 

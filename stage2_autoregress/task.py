@@ -22,7 +22,7 @@ from gep.losses import info_nce, regression
 from gep.models.backbone import EVENT, Backbone
 from gep.models.config import BackboneConfig, TeacherConfig
 from gep.optim import OptimConfig
-from stage2_autoregress.tokens import FrozenTokens, TokenSequence
+from stage2_autoregress.tokens import FrozenTokens, TokenSequence, blind_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,11 @@ class Stage2Config:
                 f"train.accumulate={self.train.accumulate} would shrink the negatives of loss.contrastive="
                 f"{self.loss.contrastive}; set one of them off (train.accumulate=1 or loss.contrastive=0)"
             )
+        if self.loss.contrastive and (self.sequence.is_mixed or self.backbone.order == "token"):
+            raise ValueError(
+                f"loss.contrastive={self.loss.contrastive} compares whole next frames of one modality: give odds to "
+                "one layout of `sequence` alone, and backbone.order=frame; or set loss.contrastive=0"
+            )
 
 
 class Stage2Task(nn.Module):
@@ -112,7 +117,7 @@ class Stage2Task(nn.Module):
         if self.loss.next:
             terms["next"] = _mean(self.loss.kind, output.next, target, mask, counts[0])
         if self.loss.image:
-            where = sequence.events[..., None].expand(mask.shape)
+            where = sequence.blind[..., None].expand(mask.shape)
             terms["image"] = _mean(self.loss.kind, output.image, sequence.image, where, counts[1])
         if self.loss.contrastive:
             terms["contrastive"] = self._contrast(output.next, target, mask)
@@ -125,17 +130,17 @@ class Stage2Task(nn.Module):
     @torch.no_grad()
     def context(self, micro_batches: list[dict[str, Any]]) -> Tensor:
         """Mean numbers of valid tokens a micro-batch, over all micro-batches and ranks: (2,) next, image."""
-        counts = torch.zeros(2, dtype=torch.float64)
+        counts = torch.zeros(2, device=micro_batches[0]["valid"].device)
         for batch in micro_batches:
             valid = batch["valid"]
-            events = ((batch["modality"] == EVENT) & valid).sum()
+            events = blind_frames(batch["modality"], valid).sum()
             follows = (valid[:, 1:] & valid[:, :-1]).sum()
             if self.backbone.order == "token":
                 num = math.prod(self.tokens.grid(batch))
                 follows = (valid.sum() * (num - 1) + follows) / num
-            counts += torch.stack([follows, events]).cpu().double()
+            counts += torch.stack([follows, events]).float()
         counts = sum_over_ranks(counts) / (world_size() * len(micro_batches))
-        return counts.float().to(micro_batches[0]["valid"].device)
+        return counts
 
     def predict(self, sequence: TokenSequence) -> tuple[Any, Tensor, Tensor]:
         """(backbone output, next tokens (B, F, N, D), bool mask (B, F, N)) of a batch of sequences."""
@@ -178,8 +183,8 @@ class Stage2Task(nn.Module):
         Returns:
             Sums and counts over tokens, per modality of the predicted frame, of the squared error of the prediction
             (`error`, (B, 2)), of the copy of the previous frame (`copied`), and of the target itself, from which the
-            mean token's error follows (`square` (B, 2), `total` (B, 2, D)); `count` (B, 2); pooled predicted and true
-            image features (B, D) after the last event frame.
+            mean token's error follows (`square` (B, 2), `total` (B, 2, D)); `count` (B, 2); and unit vectors (B, N·D)
+            of the image's tokens, predicted from all event windows and nothing else, and true.
         """
         sequence = self.tokens(batch)
         output, target, mask = self.predict(sequence)
@@ -200,13 +205,20 @@ class Stage2Task(nn.Module):
             rows["square"].append((target.square().mean(-1) * chosen).sum((1, 2)))
             rows["count"].append(chosen.sum((1, 2)))
             rows["total"].append((target * chosen[..., None]).sum((1, 2)))
-        last = (sequence.events.int() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
-        pick = torch.arange(len(last), device=last.device)
+        predicted, true = self._from_events(sequence)
         return {
             **{name: torch.stack(values, dim=1) for name, values in rows.items()},
-            "predicted_image": F.normalize(output.image[pick, last].float().flatten(1), dim=-1),
-            "true_image": F.normalize(sequence.image[pick, last].flatten(1), dim=-1),
+            "predicted_image": F.normalize(predicted.flatten(1), dim=-1),
+            "true_image": F.normalize(true.flatten(1), dim=-1),
         }
+
+    def _from_events(self, sequence: TokenSequence) -> tuple[Tensor, Tensor]:
+        """Predicted and true image tokens (B, N, D) after the last event window, with no image in the context."""
+        # Evaluation has one layout, so that the event frames stand at the same places in all sequences.
+        events = ((sequence.modality == EVENT) & sequence.valid)[0].nonzero()[:, 0]
+        frames = sequence.frames[:, events]
+        output = self.backbone(frames, sequence.modality[:, events], sequence.t_us[:, events], sequence.grid)
+        return output.image[:, -1].float(), sequence.image[:, events[-1]]
 
 
 def evaluate_prediction(rows: dict[str, Tensor]) -> dict[str, float]:
@@ -230,7 +242,7 @@ def evaluate_prediction(rows: dict[str, Tensor]) -> dict[str, float]:
             if sums["count"][index] > 0:
                 metrics[f"{modality}_{name}"] = (values[index] / sums["count"][index]).item()
     similarity = rows["predicted_image"] @ rows["true_image"].T
-    ahead = (similarity >= similarity.diagonal()[:, None]).sum(dim=1) - 1
+    ahead = (~(similarity < similarity.diagonal()[:, None])).sum(dim=1) - 1
     metrics["predicted_image_r1"] = 100 * (ahead < 1).float().mean().item()
     assert all(math.isfinite(value) for value in metrics.values())
     return metrics
@@ -238,7 +250,7 @@ def evaluate_prediction(rows: dict[str, Tensor]) -> dict[str, float]:
 
 def _counts(sequence: TokenSequence, mask: Tensor) -> Tensor:
     tokens = mask.shape[2]
-    return torch.stack([mask.sum() / tokens, sequence.events.sum().float()])
+    return torch.stack([mask.sum() / tokens, sequence.blind.sum().float()])
 
 
 def _mean(kind: str, prediction: Tensor, target: Tensor, mask: Tensor, frames: Tensor) -> Tensor:

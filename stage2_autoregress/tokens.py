@@ -35,9 +35,14 @@ class TokenSequence:
     """whether any frame of the batch is not valid; known without asking the device"""
 
     @property
-    def events(self) -> Tensor:
-        """(B, F) bool: the valid event frames."""
-        return (self.modality == EVENT) & self.valid
+    def blind(self) -> Tensor:
+        """(B, F) bool: the valid event frames that no image comes before, from which its tokens are to be predicted."""
+        return blind_frames(self.modality, self.valid)
+
+
+def blind_frames(modality: Tensor, valid: Tensor) -> Tensor:
+    """(B, F) modality and validity -> bool (B, F): event frames with nothing but events up to them."""
+    return (modality == EVENT) & valid & ((modality != EVENT).cumsum(dim=1) == 0)
 
 
 class FrozenTokens:

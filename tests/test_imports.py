@@ -34,7 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gep.distributed",
         "gep.accelerator",
     ),
-    "gep.evaluate": ("gep.data", "gep.distributed"),
+    "gep.evaluate": ("gep.data", "gep.accelerator"),
     "gep.hub": ("gep.hub", "gep.export", "gep.models", "gep.events"),
     "gep.cli": ("gep", "stage1_align", "stage2_autoregress", "downstream"),
     "gep.demo": ("gep", "stage1_align", "stage2_autoregress", "downstream"),

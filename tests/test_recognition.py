@@ -13,6 +13,7 @@ import downstream.recognition.run as recognition
 from downstream.heads import fit_linear_probe
 from downstream.metrics import mean_std, per_class_accuracy, top_k_accuracy
 from downstream.recognition.task import ProbeConfig, kshot
+from gep import export
 from gep.data.paired import DataConfig
 from gep.events.io.bin import write_bin
 from gep.events.represent import Histogram
@@ -118,8 +119,9 @@ def arguments(world: tuple[Path, Path], run: Path, *more: str) -> list[str]:
 
 def test_modes_end_with_their_results(world: tuple[Path, Path], tmp_path: Path) -> None:
     found = recognition.main(arguments(world, tmp_path / "kshot", "mode=kshot", "probe.shots=[1,5]", "probe.draws=2"))
-    assert set(found["top1"]) == {"1", "5"} and found["top1"]["5"][0] > 90
-    assert json.loads((tmp_path / "kshot" / "results.json").read_text()) == found
+    # 24 recordings, of which those held out are drawn from and tested on: too few of a class for 5 shots.
+    assert set(found["top1"]) == {"1", "5"} and found["top1"]["1"][0] > 80 and found["num_test"] < 15
+    assert json.loads((tmp_path / "kshot" / "results_kshot_last.json").read_text()) == found
     first = recognition.main(arguments(world, tmp_path / "a", "mode=probe"))
     second = recognition.main(arguments(world, tmp_path / "b", "mode=probe", "train.batch_size=8"))
     # Same weights, other batches: the same accuracy, exactly.
@@ -138,10 +140,14 @@ def test_finetuning_trains_what_it_says(world: tuple[Path, Path], tmp_path: Path
     common = ("mode=finetune", "train.steps=3", "train.batch_size=8", "shots=4", "optim.lr=1e-3")
     found = recognition.main(arguments(world, tmp_path / "run", *common, "encoder_lr=0"))
     assert {"eval/top1", "eval/top5", "eval/mean_class"} <= set(found)
-    old, new = (GEPModel.from_pretrained(path) for path in (world[1], tmp_path / "run" / "export"))
+    old, new = (GEPModel.from_pretrained(path) for path in (world[1], tmp_path / "run" / "finetune" / "export"))
     same = {name: torch.equal(value, new.state_dict()[name]) for name, value in old.state_dict().items()}
     assert all(value for name, value in same.items() if name.startswith("encoder."))
     assert not same["backbone.blocks.0.attention.qkv.weight"]
+    # The classifier beside it gives the task's own logits from the exported model's features.
+    settings, state = export.load_folder(tmp_path / "run" / "finetune" / "classifier", "classifier")
+    assert settings["classes"] == list("0123456789") and state["weight"].shape == (10, 96 + 32)
+    assert new.classes is None
     scratch = recognition.main(arguments(world, tmp_path / "scratch", "mode=scratch", *common[1:]))
     assert scratch["mode"] == "scratch"
 
@@ -149,5 +155,5 @@ def test_finetuning_trains_what_it_says(world: tuple[Path, Path], tmp_path: Path
 def test_messages(world: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no export at"):
         recognition.main([f"run={tmp_path / 'x'}", "model=nowhere/to/be", f"data.root={world[0]}"])
-    with pytest.raises(ValueError, match="too few for 50 shots"):
+    with pytest.raises(ValueError, match="too few for 50 shots and 1"):
         recognition.main(arguments(world, tmp_path / "y", "mode=finetune", "shots=50"))

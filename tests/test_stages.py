@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from gep.data.paired import collate
 from gep.data.sequence import EVENT, IMAGE, collate_sequences, lay_out
 from gep.events.represent import Histogram
-from gep.events.types import Events
+from gep.events.types import EventBatch, Events
 from gep.models.backbone import Backbone
 from gep.models.encoder import EventEncoder
 from gep.models.teacher import FrozenVFM, ImageModel
@@ -107,12 +107,12 @@ def test_stage1_terms_and_their_sum(teacher: FrozenVFM) -> None:
 
 def test_activity_weights_follow_the_events(teacher: FrozenVFM) -> None:
     task = Stage1Task(encoder(), teacher, Histogram(), AlignLossConfig(activity=0.5))
-    frames = torch.zeros(1, 2, 36, 36)
-    frames[0, 1, 7, 13] = 4  # row 1, column 2 of the 6×6 patches
-    weight = task._activity(frames)
-    assert weight.shape == (1, 36)
+    four = Events.from_arrays([1, 2, 3, 4], [13, 14, 15, 16], [7, 8, 9, 7], [1, 0, 1, 1], height=36, width=36)
+    weight = task._activity(EventBatch.from_windows([four, Events.empty(36, 36)]))
+    # All four lie in row 1, column 2 of the 6 × 6 patches.
+    assert weight.shape == (2, 36)
     assert weight[0, 8].item() == pytest.approx(0.5 + 0.5 * 36) and weight[0, 0].item() == 0.5
-    assert torch.isfinite(task._activity(torch.zeros(1, 2, 36, 36))).all()
+    assert torch.isfinite(weight).all()
 
 
 def test_nothing_frozen_is_a_parameter(teacher: FrozenVFM) -> None:
@@ -132,6 +132,15 @@ def test_retrieval_by_hand() -> None:
     assert found["event_to_image_r1"] == pytest.approx(200 / 3) and found["event_to_image_r5"] == 100
     assert found["image_to_event_r1"] == pytest.approx(200 / 3)
     assert found["token_cosine"] == 0.5 and found["zero_shot"] == pytest.approx(200 / 3)
+
+
+def test_zero_shot_by_words_compares_with_the_text_vectors(teacher: FrozenVFM) -> None:
+    vectors = F.normalize(torch.randn(4, 96, generator=torch.Generator().manual_seed(0)), dim=1)
+    task = Stage1Task(encoder(), teacher, Histogram(), AlignLossConfig(), vectors)
+    with torch.no_grad():
+        rows = task.features(collate(samples(5)))
+    assert torch.equal(rows["zero_shot"], (rows["event"] @ vectors.T).argmax(dim=1))
+    assert not any("vectors" in name for name in task.state_dict())
 
 
 def test_layouts() -> None:
@@ -159,7 +168,8 @@ def test_tokens_stand_in_the_order_of_the_layout(teacher: FrozenVFM) -> None:
     assert torch.allclose(sequence.frames[1, 0], events[1, 0])
     assert sequence.padded and sequence.valid.tolist()[:2] == [[True] * 4, [True] * 3 + [False]]
     assert torch.allclose(sequence.image, image[:, None].expand_as(sequence.image))
-    assert sequence.events.tolist()[:2] == [[False, True, True, True], [True, True, True, False]]
+    # After an image nothing is left to predict of it.
+    assert sequence.blind.tolist()[:2] == [[False] * 4, [True, True, True, False]]
 
 
 @pytest.mark.parametrize("order", ["frame", "token"])

@@ -6,7 +6,6 @@ accelerate launch downstream/recognition/run.py configs/downstream/recognition/n
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
-from downstream.common import extract
+from downstream.common import WindowFeatures, extract
 from downstream.metrics import per_class_accuracy, top_k_accuracy
 from downstream.recognition.task import (
     FinetuneTask,
@@ -26,11 +25,10 @@ from downstream.recognition.task import (
     reinitialise,
     zero_shot,
 )
-from gep import config
+from gep import config, export
 from gep.checkpoint import prepare_run_dir
 from gep.data.fewshot import draw_shots
-from gep.data.labelled import list_recordings
-from gep.data.paired import DataConfig, Recordings, build, collate
+from gep.data.paired import DataConfig, Recordings, build, collate, take_over
 from gep.data.sampler import Batches
 from gep.engine import fit, make_accelerator
 from gep.evaluate import collect
@@ -41,71 +39,63 @@ _START_SAMPLES = 4096  # enough to standardise features and to start the head fr
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs one mode; writes results.json into the run folder and returns what is in it."""
+    """Runs one mode; writes results_<mode>_<feature>.json into the run folder and returns what is in it."""
     cfg = config.load(RecognitionConfig, argv)
     accelerator = make_accelerator(cfg.train, cfg.run)
     model = GEPModel.from_pretrained(cfg.model).to(accelerator.device)
-    data = dataclasses.replace(cfg.data, **model.input_settings)
-    run_dir = prepare_run_dir(cfg.run, cfg, may_differ=("run", "data.root", "model"))
+    data = take_over(cfg.data, model.input_settings, cfg.model)
     if cfg.mode in ("finetune", "scratch"):
-        results = finetune(cfg, model, data, accelerator, run_dir)
+        results = finetune(cfg, model, data, accelerator)
     else:
         results = probe_frozen(cfg, model, data, accelerator)
     if accelerator.is_main_process:
-        (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(cfg.run) / f"results_{cfg.mode}_{cfg.feature}.json", results)
     accelerator.print(json.dumps(results, indent=2))
     return results
 
 
 def probe_frozen(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """Zero-shot, linear probe or k-shot probes on features of the frozen model."""
-    listing = list_recordings(data.name, data.root, data.train_split)
-    if cfg.mode == "kshot" and not data.eval_split:
-        # Every draw tests on what it did not take: nothing needs to be held out beforehand.
-        train_set, test_set = Recordings(listing, data, paired=False), None
-    else:
-        train_set, test_set = build(data, paired=False)
-    accelerator.print(
-        "\n".join(
-            f"{part} on {source.listing.describe()}"
-            for part, source in (("learn", train_set), ("test", test_set))
-            if source is not None
-        )
-    )
+    """Zero-shot, linear probe or k-shot probes on features of the frozen model.
+
+    Without data.eval_split, k-shot draws from and tests on the held-out part alone: the rest of the training split is
+    what the two stages may have been pretrained on.
+    """
+    train_set, test_set = build(data, paired=False)
     share = max(1, cfg.train.batch_size // accelerator.num_processes)
-    pools = []
-    for source in (train_set, test_set):
-        if source is None or (source is train_set and cfg.mode == "zero_shot"):
-            pools.append(None)
-            continue
-        features, labels = extract(
-            model, source, accelerator, batch_size=share, use_backbone=cfg.use_backbone, title="features"
-        )
-        pools.append((features, labels))
-    learn, test = (None if pool is None else (pool[0].pooled(cfg.feature), pool[1]) for pool in pools)
-    classes = len(listing.classes)
-    results: dict[str, Any] = {
-        "mode": cfg.mode,
-        "feature": cfg.feature,
-        "list": (test_set or train_set).listing.hash,
-    }
+
+    def features_of(source: Recordings, title: str) -> tuple[WindowFeatures, Tensor]:
+        accelerator.print(f"{title} {source.listing.describe()}")
+        return extract(model, source, accelerator, batch_size=share, use_backbone=cfg.use_backbone, title=title)
+
+    features, labels = features_of(test_set, "test on")
+    test = (features.pooled(cfg.feature), labels)
+    classes = test_set.listing.classes
+    results: dict[str, Any] = {"mode": cfg.mode, "feature": cfg.feature, "list": test_set.listing.hash}
+    results["num_test"] = len(labels)
     if cfg.mode == "zero_shot":
-        features, labels = pools[1]
-        results["top1"] = zero_shot(model, features.image.mean(dim=1), labels)
-        results["num_test"] = len(labels)
-    elif cfg.mode == "probe":
-        results |= probe(learn, test, classes, cfg.probe)
-        results["num_test"] = len(test[1])
-    else:
-        results["top1"] = kshot(learn, test, classes, cfg.probe)
-        results["num_test"] = len((test or learn)[1])
+        teacher = cfg.teacher.build(device=accelerator.device) if cfg.teacher.name else None
+        image = features.in_image_space() if teacher is None else features.encoder.mean(dim=1)
+        results["top1"] = zero_shot(model, image, labels, classes, teacher=teacher, prompt=cfg.prompt)
+        return results
+    if cfg.mode == "kshot" and not data.eval_split:
+        results["top1"] = kshot(test, None, len(classes), cfg.probe)
+        return results
+    features, labels = features_of(train_set, "learn from")
+    learn = (features.pooled(cfg.feature), labels)
+    if cfg.mode == "probe":
+        return results | probe(learn, test, len(classes), cfg.probe)
+    results["top1"] = kshot(learn, test, len(classes), cfg.probe)
     return results
 
 
-def finetune(
-    cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelerator: Accelerator, run_dir: Path
-) -> dict[str, Any]:
+def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelerator: Accelerator) -> dict[str, Any]:
     """Trains all parts, each at its own rate (or from scratch), and tests in fixed windows."""
+    run_dir = prepare_run_dir(
+        Path(cfg.run) / cfg.mode,
+        cfg,
+        may_differ=("run", "data.root", "model"),
+        inputs={"model": f"{cfg.model}/{export.WEIGHTS}"},
+    )
     if cfg.mode == "scratch":
         reinitialise(model, cfg.train.seed)
     train_set, test_set = build(data, paired=False)
@@ -169,8 +159,26 @@ def finetune(
     )
     if accelerator.is_main_process:
         described = {"train": train_set.listing.describe(), "test": test_set.listing.describe()}
+        # The teacher's class vectors read a space that fine-tuning has left.
+        model.class_head = model.classes = None
         model.save_pretrained(run_dir / "export", metrics=metrics, data=described)
+        classes = list(test_set.listing.classes)
+        export.save_folder(
+            run_dir / "classifier",
+            kind="classifier",
+            config={"classes": classes, "feature": cfg.feature, "use_backbone": task.backbone is not None},
+            state=task.classifier(),
+            card=f"# Linear classifier of {len(classes)} classes on the pooled features of the model in ../export\n",
+        )
     return {"mode": cfg.mode, "list": test_set.listing.hash, "num_test": len(test_set), **metrics}
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """A file that is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def _evenly(count: int, most: int) -> np.ndarray:

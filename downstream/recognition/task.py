@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from gep.data.fewshot import draw_shots
 from gep.data.paired import DataConfig
 from gep.engine import TrainConfig
 from gep.hub import GEPModel
+from gep.models.config import TeacherConfig
+from gep.models.teacher import FrozenVFM
 from gep.optim import OptimConfig
 
 
@@ -55,6 +58,9 @@ class RecognitionConfig:
     use_backbone: bool = True
     """false = the encoder alone, also where the model has a backbone"""
     data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    prompt: str = "a photo of a {}"
+    """sentence around a class name for zero-shot through the text tower of an open_clip teacher.name"""
     shots: int = 0
     """fine-tune with so many labelled samples a class; 0 = all"""
     draw: int = 0
@@ -142,6 +148,11 @@ class FinetuneTask(nn.Module):
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 
+    def classifier(self) -> dict[str, Tensor]:
+        """`weight` (K, D) and `bias` (K,) on the pooled features: head and standardisation in one."""
+        weight = self.head.weight / self.scale
+        return {"weight": weight.detach(), "bias": (self.head.bias - weight @ self.mean).detach()}
+
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """{"loss", "accuracy"} of a batch with `label`."""
         logits = self.logits(batch)
@@ -180,12 +191,12 @@ def kshot(
     smallest = int(np.bincount(labels.numpy())[np.unique(labels.numpy())].min())
     table: dict[str, list[float] | None] = {}
     for shots in config.shots:
-        if smallest <= shots:
+        if smallest < shots + (test is None):
             table[str(shots)] = None
             continue
         accuracies = []
         for draw in range(config.draws):
-            chosen, rest = draw_shots(labels.numpy(), shots, seed=config.seed, draw=draw)
+            chosen, rest = draw_shots(labels.numpy(), shots, seed=config.seed, draw=draw, leave=int(test is None))
             fitted = fit_linear_probe(features[chosen], labels[chosen], num_classes, c=config.c)
             on = (features[rest], labels[rest]) if test is None else test
             accuracies.append(top_k_accuracy(fitted(on[0]), on[1]))
@@ -193,18 +204,42 @@ def kshot(
     return table
 
 
-def zero_shot(model: GEPModel, image: Tensor, labels: Tensor) -> float:
-    """Top-1 (%) of the model's own class vectors on features in the image model's space.
+def zero_shot(
+    model: GEPModel,
+    image: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    *,
+    teacher: FrozenVFM | None = None,
+    prompt: str = "a photo of a {}",
+) -> float:
+    """Top-1 (%) without a labelled recording.
 
+    Args:
+        model: with class vectors of its own, or aligned with `teacher`.
+        image: (N, D) mean tokens in the image model's space.
+        labels: (N,) indices into `classes`.
+        classes: of the data set.
+        teacher: an open_clip model, whose text tower then makes the class vectors.
+        prompt: the sentence around a class name.
     Raises:
-        ValueError: the model was exported without class vectors.
+        ValueError: neither the model nor the teacher knows classes, or the model's are not the data set's.
     """
-    logits = model.classify(image)
-    if logits is None:
+    if teacher is not None:
+        vectors = teacher.text([prompt.format(name.replace("_", " ")) for name in classes])
+        event = F.normalize(model.encoder.embed(image.to(model.device)), dim=-1)
+        return top_k_accuracy((event @ vectors.to(event).T).cpu(), labels)
+    if model.classes is None:
         raise ValueError(
-            f"mode=zero_shot: the model has no class vectors; its teacher knew no classes ({type(model).__name__})"
+            "mode=zero_shot: the model has no class vectors, as its teacher knew no classes; name the open_clip model "
+            "that it was aligned with, teacher.name=open_clip:<arch>/<tag>"
         )
-    return top_k_accuracy(logits.cpu(), labels)
+    if list(model.classes) != list(classes):
+        raise ValueError(
+            f"mode=zero_shot: the model's classes ({', '.join(model.classes[:3])}, …) are not the data set's "
+            f"({', '.join(list(classes)[:3])}, …); use mode=kshot or mode=probe"
+        )
+    return top_k_accuracy(model.classify(image).cpu(), labels)
 
 
 def reinitialise(model: GEPModel, seed: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,9 @@ def ncaltech101(root: Path, split: str) -> Listing:
             f"has only 'all', EST's re-release ({', '.join(sorted(est.values()))}) has {sorted(est)}"
         )
     keys, files, labels, classes = _list_classes(folder, root, suffixes, None)
-    return Listing("ncaltech101", split, keys, files, labels, classes, None, None)
+    # The .bin release is of one camera; its largest recordings fill 180 × 240.
+    sensor = (180, 240) if suffixes == (".bin",) else None
+    return Listing("ncaltech101", split, keys, files, labels, classes, sensor, None)
 
 
 def nimagenet(root: Path, split: str) -> Listing:
@@ -173,8 +176,11 @@ def _mnist_images(root: Path, split: str, numbers: np.ndarray, files: tuple[Path
 
 def _read_idx(path: Path) -> np.ndarray:
     """MNIST's IDX3 images: uint8 (N, 28, 28)."""
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        data = file.read()
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            data = file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged ({error}); get it again") from error
     header = np.frombuffer(data[:16], dtype=">i4") if len(data) >= 16 else np.zeros(4)
     count, height, width = (int(v) for v in header[1:])
     if header[0] != 2051 or (height, width) != (28, 28) or len(data) != 16 + count * 784:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -71,6 +73,25 @@ class DataConfig:
             )
 
 
+def take_over(config: DataConfig, settings: Mapping[str, Any], source: str) -> DataConfig:
+    """The config with an export's input settings; warns where the config asked for something else.
+
+    Args:
+        config: the user's.
+        settings: `GEPModel.input_settings`.
+        source: the export's name, for the message.
+    """
+    default = DataConfig()
+    ignored = [
+        f"data.{name}={getattr(config, name)} ({value} there)"
+        for name, value in settings.items()
+        if getattr(config, name) not in (value, getattr(default, name))
+    ]
+    if ignored:
+        warnings.warn(f"no effect, as {source} fixes its own input: {', '.join(ignored)}", stacklevel=2)
+    return dataclasses.replace(config, **settings)
+
+
 class Recordings:
     """Samples of one listing; see DESIGN's contract for what a sample holds.
 
@@ -86,7 +107,8 @@ class Recordings:
         if paired and listing.image is None:
             raise ValueError(
                 f"data.root: {listing.name} {listing.split} has no images to pair with its recordings; "
-                "put them beside the recordings (see `gep info`), or use a task that needs none"
+                "put them beside the recordings (N-MNIST: train_images.npz or MNIST's train-images-idx3-ubyte; "
+                "N-ImageNet: imagenet_train/<synset>/<stem>.JPEG), or use a task that needs none"
             )
         self.listing, self.config, self.paired = listing, config, paired
         self._cache: dict[int, Events] = {}
@@ -167,6 +189,12 @@ def build(config: DataConfig, *, paired: bool) -> tuple[Recordings, Recordings]:
         train, held = listing, list_recordings(config.name, config.root, config.eval_split)
     else:
         train, held = listing.hold_out(config.holdout)
+    if train.classes != held.classes:
+        differing = sorted(set(train.classes) ^ set(held.classes)) or ["(their order)"]
+        raise ValueError(
+            f"data: {train.split} and {held.split} do not hold the same classes, so that one label would mean two "
+            f"things: {', '.join(differing[:5])} … ({len(train.classes)} and {len(held.classes)}); complete the splits"
+        )
     for name, part in (("training", train), ("evaluation", held)):
         if len(part) == 0:
             raise ValueError(

@@ -34,6 +34,11 @@ class SequenceConfig:
             raise ValueError(f"sequence: odds {dict(zip(LAYOUTS, odds))} must be >= 0, and one of them above 0")
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether more than one layout is drawn."""
+        return sum(odd > 0 for odd in self.odds) > 1
+
+    @property
     def odds(self) -> tuple[float, ...]:
         return tuple(getattr(self, name) for name in LAYOUTS)
 

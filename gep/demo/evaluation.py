@@ -87,8 +87,8 @@ def evaluate(
             for stage, found in features.items()
         }
         table["zero_shot"] = {
-            "stage1": zero_shot(models["stage1"], features["stage1"].image.mean(dim=1), labels),
-            "stage2": zero_shot(models["stage2"], features["stage2"].image[:, -1], labels),
+            "stage1": zero_shot(models["stage1"], features["stage1"].in_image_space(), labels, listing.classes),
+            "stage2": zero_shot(models["stage2"], features["stage2"].in_image_space(), labels, listing.classes),
         }
     with timed("scratch"):
         table["scratch"] = _scratch(models["stage1"], listing, data, folder / "scratch", size, seed)
@@ -185,10 +185,10 @@ def _pictures(model: GEPModel, source: Recordings, features: dict[str, WindowFea
             grid,
         )
     views: dict[str, Tensor] = {
-        "stage 1, window 1": tokens[:, 0],
-        "stage 1, mean": tokens.mean(dim=1),
-        "stage 2, after window 1": output.image[:, 0],
-        "stage 2, after window 6": output.image[:, -1],
+        "stage 1,\nwindow 1": tokens[:, 0],
+        "stage 1,\nmean": tokens.mean(dim=1),
+        "stage 2,\nafter window 1": output.image[:, 0],
+        "stage 2,\nafter window 6": output.image[:, -1],
     }
     pictures: dict[str, Any] = {
         "labels": [source.listing.classes[source.listing.labels[index]] for index in chosen],

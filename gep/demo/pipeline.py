@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 
 import stage1_align.run
 import stage2_autoregress.run
+from downstream.recognition.run import write_json
 from gep import distributed
 from gep.data.labelled import list_recordings
 from gep.data.listing import Listing
@@ -47,6 +47,8 @@ FULL = Size(1100, 2, 600, 360, 48, 2, 800)
 FAST = Size(200, 1, 120, 50, 8, 2, 300)
 
 
+_PARTS = ("teacher", "data", "stage1", "stage2", "scratch")
+_MARKER = ".gep-demo"
 _HELD_OUT = 240  # simulated recordings of unseen digits on which both stages report their own metrics
 
 
@@ -72,10 +74,7 @@ class Demo:
         torch.manual_seed(self.seed)
         recordings = [] if self.nmnist is None else real_recordings(self.nmnist)
         train, reserved = training_digits(recordings)
-        self.out.mkdir(parents=True, exist_ok=True)
-        for name in ("teacher", "data", "stage1", "stage2", "scratch"):
-            if (self.out / name).exists():
-                shutil.rmtree(self.out / name)
+        self._clear()
         with self._timed("teacher"):
             teacher = self._teacher(train, reserved)
         with self._timed("simulate"):
@@ -127,10 +126,33 @@ class Demo:
             },
             "seconds": self.seconds,
         }
+        write_json(self.out / "results.json", results)
         with self._timed("report"):
             report.write(self.out, results, found.pictures, teacher_accuracy=self._teacher_accuracy)
-        _write_json(self.out / "results.json", results)
+        write_json(self.out / "results.json", results)
         return results
+
+    def _clear(self) -> None:
+        """Removes what an earlier demo left in the folder, and nothing that another program made.
+
+        Raises:
+            FileExistsError: the folder holds such names, and no demo made it.
+            ValueError: the recordings to evaluate on lie inside it.
+        """
+        marker = self.out / _MARKER
+        present = [name for name in _PARTS if (self.out / name).exists()]
+        if present and not marker.exists():
+            raise FileExistsError(
+                f"--out {self.out} holds {', '.join(present)}, which no demo made; give another folder"
+            )
+        if self.nmnist is not None and self.out.resolve() in self.nmnist.resolve().parents:
+            raise ValueError(
+                f"--nmnist {self.nmnist} lies inside --out {self.out}, which the demo clears; move one away"
+            )
+        self.out.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        for name in present:
+            shutil.rmtree(self.out / name)
 
     def _teacher(self, train: Digits, reserved: Digits) -> Path:
         """Trains and exports the stand-in image model; returns the export."""
@@ -179,7 +201,7 @@ def real_recordings(root: Path) -> list[Listing]:
     if not root.is_dir():
         raise FileNotFoundError(f"NMNIST={root}: no such folder; it should hold Train/<digit>/*.bin")
     for split in ("train", "test"):
-        if (root / split.capitalize()).is_dir():
+        if (root / split.capitalize()).is_dir() or (root / split).is_dir():
             return [list_recordings("nmnist", root, split)]
     raise FileNotFoundError(f"NMNIST={root}: neither Train/ nor Test/ in it; it should hold Train/<digit>/*.bin")
 
@@ -192,7 +214,3 @@ def _evenly(count: int, most: int) -> np.ndarray:
     """At most `most` of `count` indices, spread evenly."""
     kept = min(count, most)
     return np.arange(kept) * count // kept
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

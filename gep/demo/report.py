@@ -83,13 +83,13 @@ def draw(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, Any]) 
 def _token_picture(pictures: Mapping[str, Any]) -> bytes:
     rows, cols = pictures["grid"]
     tokens = pictures["tokens"]
-    basis = "teacher" if "teacher" in tokens else "stage 1, mean"
+    basis = "teacher" if "teacher" in tokens else "stage 1,\nmean"
     coloured = figures.principal_colours(tokens, basis)
     columns: list[tuple[str, np.ndarray]] = []
     if "image" in pictures:
         columns.append(("image", pictures["image"]))
-    columns.append(("events, window 1", pictures["events"]))
-    columns.append(("events, all", pictures["events_all"]))
+    columns.append(("events,\nwindow 1", pictures["events"]))
+    columns.append(("events,\nall windows", pictures["events_all"]))
     columns += [(name, value.reshape(len(value), rows, cols, 3)) for name, value in coloured.items()]
     return figures.token_grid(columns, pictures["labels"])
 

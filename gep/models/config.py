@@ -23,6 +23,8 @@ class TeacherConfig:
     """local weights (safetensors or a state dict) for a timm or open_clip name; null = from the Hub"""
     pool: Literal["mean", "cls"] = "mean"
     """pooled feature of a timm model: mean of the patch tokens, or the class token"""
+    image_size: int = 0
+    """side that images are resized to before the model sees them [px]; 0 = taken as they are"""
     random: bool = False
     """random weights, for trying a configuration out without a download; never for real runs"""
 
@@ -38,7 +40,14 @@ class TeacherConfig:
                 f"teacher.name is empty and the encoder preset {encoder_preset!r} has no teacher of its own; "
                 "name one: timm:<name>, open_clip:<arch>/<tag> or export:<folder>"
             )
-        return FrozenVFM.from_spec(name, file=self.file, pool=self.pool, pretrained=not self.random, device=device)
+        return FrozenVFM.from_spec(
+            name,
+            file=self.file,
+            image_size=self.image_size or None,
+            pool=self.pool,
+            pretrained=not self.random,
+            device=device,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

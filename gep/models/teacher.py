@@ -174,6 +174,11 @@ class FrozenVFM:
             return None
         return self.class_head(pooled.to(self.device, self.dtype)).float()
 
+    @property
+    def has_text(self) -> bool:
+        """Whether `text` works: the model has a text tower."""
+        return self._text is not None
+
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (K, pooled_dim) of prompts; ValueError for a model without a text tower."""
