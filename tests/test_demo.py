@@ -13,10 +13,12 @@ from gep.data.labelled import list_recordings
 from gep.data.listing import Listing
 from gep.demo import report
 from gep.demo.digits import RESERVED, load_digits, rank_range, shown_in, training_digits
-from gep.demo.pipeline import real_recordings
+from gep.demo.pipeline import Demo, real_recordings
 from gep.demo.recordings import simulate_digits
 from gep.demo.standin import DigitImages, collate_digits, on_canvas, warp
 from gep.events.io import read_events
+from gep.events.io.bin import write_bin
+from gep.events.types import Events
 
 pytest.importorskip("mlxtend", reason="the demo extra is not installed")
 
@@ -78,6 +80,18 @@ def test_simulated_recordings_are_an_nmnist_root(tmp_path: Path) -> None:
     assert found.files[first].read_bytes() == before
     with pytest.raises(FileNotFoundError, match="neither Train/ nor Test/"):
         real_recordings(tmp_path / "Train")
+
+
+def test_the_demo_clears_only_what_a_demo_made(tmp_path: Path) -> None:
+    (tmp_path / "stage1").mkdir()
+    with pytest.raises(FileExistsError, match="stage1"):
+        Demo(tmp_path).run()
+    with pytest.raises(ValueError, match="lies inside"):
+        real = tmp_path / "other" / "data"
+        (real / "Train" / "3").mkdir(parents=True)
+        write_bin(real / "Train" / "3" / "00007.bin", Events.from_arrays([5], [1], [2], [1], height=34, width=34))
+        Demo(tmp_path / "other", nmnist=real).run()
+    assert (tmp_path / "stage1").is_dir() and (real / "Train" / "3" / "00007.bin").exists()
 
 
 def test_digits_stand_where_the_sensor_sees_them() -> None:

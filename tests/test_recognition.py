@@ -119,8 +119,8 @@ def arguments(world: tuple[Path, Path], run: Path, *more: str) -> list[str]:
 
 def test_modes_end_with_their_results(world: tuple[Path, Path], tmp_path: Path) -> None:
     found = recognition.main(arguments(world, tmp_path / "kshot", "mode=kshot", "probe.shots=[1,5]", "probe.draws=2"))
-    # 24 recordings, of which those held out are drawn from and tested on: too few of a class for 5 shots.
-    assert set(found["top1"]) == {"1", "5"} and found["top1"]["1"][0] > 80 and found["num_test"] < 15
+    # Of 24 recordings those held out are drawn from and tested on: too few of a class for 5 shots.
+    assert found["top1"]["1"][0] > 50 and found["top1"]["5"] is None and found["num_test"] < 15
     assert json.loads((tmp_path / "kshot" / "results_kshot_last.json").read_text()) == found
     first = recognition.main(arguments(world, tmp_path / "a", "mode=probe"))
     second = recognition.main(arguments(world, tmp_path / "b", "mode=probe", "train.batch_size=8"))
@@ -141,7 +141,7 @@ def test_finetuning_trains_what_it_says(world: tuple[Path, Path], tmp_path: Path
     found = recognition.main(arguments(world, tmp_path / "run", *common, "encoder_lr=0"))
     assert {"eval/top1", "eval/top5", "eval/mean_class"} <= set(found)
     old, new = (GEPModel.from_pretrained(path) for path in (world[1], tmp_path / "run" / "finetune" / "export"))
-    same = {name: torch.equal(value, new.state_dict()[name]) for name, value in old.state_dict().items()}
+    same = {name: torch.equal(value, old.state_dict()[name]) for name, value in new.state_dict().items()}
     assert all(value for name, value in same.items() if name.startswith("encoder."))
     assert not same["backbone.blocks.0.attention.qkv.weight"]
     # The classifier beside it gives the task's own logits from the exported model's features.
