@@ -141,13 +141,13 @@ class Demo:
         """
         marker = self.out / _MARKER
         present = [name for name in _PARTS if (self.out / name).exists()]
-        if present and not marker.exists():
-            raise FileExistsError(
-                f"--out {self.out} holds {', '.join(present)}, which no demo made; give another folder"
-            )
         if self.nmnist is not None and self.out.resolve() in self.nmnist.resolve().parents:
             raise ValueError(
                 f"--nmnist {self.nmnist} lies inside --out {self.out}, which the demo clears; move one away"
+            )
+        if present and not marker.exists():
+            raise FileExistsError(
+                f"--out {self.out} holds {', '.join(present)}, which no demo made; give another folder"
             )
         self.out.mkdir(parents=True, exist_ok=True)
         marker.touch()
