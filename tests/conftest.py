@@ -8,7 +8,7 @@ from pathlib import Path
 # Two test processes share two cores: more threads than that would make each wait for the other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(scope="session")

@@ -124,7 +124,7 @@ def test_report_is_one_file_with_the_numbers(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pictures = {
         "labels": ["1", "2"], "events": rng.random((2, 36, 36, 3)), "events_all": rng.random((2, 36, 36, 3)),
-        "grid": (6, 6), "tokens": {"stage 1,\nmean": rng.normal(size=(2, 36, 96))},
+        "grid": (6, 6), "window_ms": 40.0, "tokens": {"stage 1,\nmean": rng.normal(size=(2, 36, 96))},
     }  # fmt: skip
     path = report.write(tmp_path, results, pictures, teacher_accuracy=98.7)
     page = path.read_text()

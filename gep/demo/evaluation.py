@@ -188,13 +188,14 @@ def _pictures(model: GEPModel, source: Recordings, features: dict[str, WindowFea
         "stage 1,\nwindow 1": tokens[:, 0],
         "stage 1,\nmean": tokens.mean(dim=1),
         "stage 2,\nafter window 1": output.image[:, 0],
-        "stage 2,\nafter window 6": output.image[:, -1],
+        f"stage 2,\nafter window {windows}": output.image[:, -1],
     }
     pictures: dict[str, Any] = {
         "labels": [source.listing.classes[source.listing.labels[index]] for index in chosen],
         "events": shown[:, 0].permute(0, 2, 3, 1).numpy(),
         "events_all": shown.mean(dim=1).permute(0, 2, 3, 1).numpy(),
         "grid": grid,
+        "window_ms": model.input_settings["window_us"] / 1000,
     }
     if source.listing.image is not None:
         paired = Recordings(source.listing, source.config, paired=True)

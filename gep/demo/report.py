@@ -40,7 +40,7 @@ def write(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, Any],
     (folder / "pictures").mkdir(exist_ok=True)
     for name, data in drawn.items():
         (folder / "pictures" / f"{name}.png").write_bytes(data)
-    page = _page(results, drawn, teacher_accuracy)
+    page = _page(results, drawn, teacher_accuracy, pictures["window_ms"])
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -57,7 +57,7 @@ def draw(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, Any]) 
         names = {"stage1": "stage 1, mean of windows so far", "stage2": "stage 2, newest window"}
         drawn["early"] = figures.curves(
             {names[stage]: (range(1, len(values) + 1), values) for stage, values in early.items()},
-            x_label="windows seen (50 ms each)",
+            x_label=f"windows seen ({pictures['window_ms']:g} ms each)",
             y_label="5-shot accuracy, %",
             colours={names["stage1"]: STAGE1, names["stage2"]: STAGE2},
             markers=True,
@@ -94,7 +94,7 @@ def _token_picture(pictures: Mapping[str, Any]) -> bytes:
     return figures.token_grid(columns, pictures["labels"])
 
 
-def _page(results: Mapping[str, Any], drawn: Mapping[str, bytes], teacher_accuracy: float) -> str:
+def _page(results: Mapping[str, Any], drawn: Mapping[str, bytes], teacher_accuracy: float, window_ms: float) -> str:
     recognition, stage1, stage2 = results["recognition"], results["stage1"], results["stage2"]
     shots = list(recognition["pixels"])
     rows = [[name, *(_accuracy(_find(recognition, path).get(k)) for k in shots)] for name, path, _ in _ROWS]
@@ -111,8 +111,8 @@ def _page(results: Mapping[str, Any], drawn: Mapping[str, bytes], teacher_accura
         "never trained on.</p>",
         "<h2>What the tokens say</h2>",
         "<p>Colours are the first three principal components of the image model's tokens, shared by all columns. "
-        "Stage 1 learned to say the same from 50 ms of events; stage 2 predicts the image's tokens from all the "
-        "windows so far.</p>",
+        f"Stage 1 learned to say the same from one window of events ({window_ms:g} ms); stage 2 predicts the image's "
+        "tokens from all the windows so far.</p>",
         f'<div class="wide">{picture["tokens"]}</div>',
         "<h2>Recognition</h2>",
         "<p>A linear classifier on frozen features, learned from k labelled recordings a class: accuracy in %, mean ± "
