@@ -52,3 +52,15 @@ def test_lists_the_field_and_the_fix() -> None:
         config.load(Stage1Config, ["optm.lr=1"])
     with pytest.raises(config.ConfigError, match=r"train\.accumulate=2 would shrink the negatives"):
         config.load(Stage2Config, ["loss.contrastive=1", "train.accumulate=2"])
+
+
+def test_the_launchers_find_the_demos_teacher() -> None:
+    """README's order is demo, then the stages: their YAML names the folder that the demo exports its teacher to."""
+    demo = (ROOT / "gep/demo/pipeline.py").read_text()
+    assert (
+        'model.save(self.out / "teacher" / "export"' in demo
+        and 'Path("runs/demo")' in (ROOT / "gep/cli.py").read_text()
+    )
+    for stage, schema in (("stage1", Stage1Config), ("stage2", Stage2Config)):
+        loaded = config.load(schema, [str(ROOT / "configs" / stage / "nmnist.yaml")])
+        assert loaded.teacher.name == "export:runs/demo/teacher/export"
