@@ -1,5 +1,6 @@
 """Run folders: what may change between starts, full disks, damaged checkpoints."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -147,3 +148,20 @@ def test_a_stale_partial_checkpoint_is_replaced(tmp_path):
     (stale / "junk").write_text("x")
     run(tmp_path)
     assert steps_of(tmp_path) == [12, 8] and not (stale / "junk").exists()
+
+
+def test_a_run_is_not_continued_from_other_weights(tmp_path):
+    weights, moved = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    weights.write_bytes(b"first")
+    run = prepare_run_dir(tmp_path / "run", _Plain(), inputs={"model": weights})
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    weights.rename(moved)
+    prepare_run_dir(run, _Plain(), inputs={"model": moved})  # moved, but the same
+    moved.write_bytes(b"second")
+    with pytest.raises(ValueError, match="other weights than those that model names now"):
+        prepare_run_dir(run, _Plain(), inputs={"model": moved})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plain:
+    size: int = 1
