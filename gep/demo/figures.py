@@ -122,7 +122,7 @@ def shots_figure(table: Mapping[str, Mapping[str, Sequence[float] | None]], colo
             axis.set_xticks(x, ticks)
             axis.minorticks_off()
     _style(axis, "labelled recordings a class", "accuracy, %")
-    axis.legend(frameon=False, fontsize=7.5)
+    axis.legend(frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return png(figure)
 
 
