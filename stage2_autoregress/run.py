@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     accelerator = make_accelerator(cfg.train, cfg.run)
     model = GEPModel.from_pretrained(cfg.model).to(accelerator.device)
     data = take_over(cfg.data, model.input_settings, cfg.model)
-    train_set, eval_set = build(data, paired=True)
+    train_set, eval_set = build(data, paired=cfg.sequence.uses_images or cfg.loss.image > 0)
     accelerator.print(f"train on {train_set.listing.describe()}\nevaluate on {eval_set.listing.describe()}")
     teacher = cfg.teacher.build(encoder_preset=model.preset, device=accelerator.device)
     run_dir = prepare_run_dir(

@@ -72,6 +72,11 @@ class Stage2Config:
                 f"train.accumulate={self.train.accumulate} would shrink the negatives of loss.contrastive="
                 f"{self.loss.contrastive}; set one of them off (train.accumulate=1 or loss.contrastive=0)"
             )
+        if self.loss.image and self.sequence.image_first == sum(self.sequence.odds):
+            raise ValueError(
+                f"loss.image={self.loss.image}: with sequence.image_first alone every window has seen its image, and "
+                "nothing is left to predict; give odds to another layout, or set loss.image=0"
+            )
         if self.loss.contrastive and (self.sequence.is_mixed or self.backbone.order == "token"):
             raise ValueError(
                 f"loss.contrastive={self.loss.contrastive} compares whole next frames of one modality: give odds to "
@@ -205,12 +210,12 @@ class Stage2Task(nn.Module):
             rows["square"].append((target.square().mean(-1) * chosen).sum((1, 2)))
             rows["count"].append(chosen.sum((1, 2)))
             rows["total"].append((target * chosen[..., None]).sum((1, 2)))
-        predicted, true = self._from_events(sequence)
-        return {
-            **{name: torch.stack(values, dim=1) for name, values in rows.items()},
-            "predicted_image": F.normalize(predicted.flatten(1), dim=-1),
-            "true_image": F.normalize(true.flatten(1), dim=-1),
-        }
+        found = {name: torch.stack(values, dim=1) for name, values in rows.items()}
+        if "images" in batch:
+            predicted, true = self._from_events(sequence)
+            found["predicted_image"] = F.normalize(predicted.flatten(1), dim=-1)
+            found["true_image"] = F.normalize(true.flatten(1), dim=-1)
+        return found
 
     def _from_events(self, sequence: TokenSequence) -> tuple[Tensor, Tensor]:
         """Predicted and true image tokens (B, N, D) after the last event window, with no image in the context."""
@@ -241,9 +246,10 @@ def evaluate_prediction(rows: dict[str, Tensor]) -> dict[str, float]:
         for index, modality in enumerate(("event", "image")):
             if sums["count"][index] > 0:
                 metrics[f"{modality}_{name}"] = (values[index] / sums["count"][index]).item()
-    similarity = rows["predicted_image"] @ rows["true_image"].T
-    ahead = (~(similarity < similarity.diagonal()[:, None])).sum(dim=1) - 1
-    metrics["predicted_image_r1"] = 100 * (ahead < 1).float().mean().item()
+    if "predicted_image" in rows:
+        similarity = rows["predicted_image"] @ rows["true_image"].T
+        ahead = (~(similarity < similarity.diagonal()[:, None])).sum(dim=1) - 1
+        metrics["predicted_image_r1"] = 100 * (ahead < 1).float().mean().item()
     assert all(math.isfinite(value) for value in metrics.values())
     return metrics
 
@@ -254,9 +260,9 @@ def _counts(sequence: TokenSequence, mask: Tensor) -> Tensor:
 
 
 def _mean(kind: str, prediction: Tensor, target: Tensor, mask: Tensor, frames: Tensor) -> Tensor:
-    """Σ over valid tokens ÷ (frames · N); the weighted mean times its own weight over the common one."""
-    value = regression(prediction, target, kind=kind, weight=mask.float())
-    return value * mask.sum() / (frames * mask.shape[2])
+    """Σ over valid tokens ÷ (frames · N); 0 where there are none."""
+    denominator = (frames * mask.shape[2]).clamp_min(1e-6)
+    return regression(prediction, target, kind=kind, weight=mask.float(), denominator=denominator)
 
 
 def _previous_frame(frames: Tensor) -> Tensor:

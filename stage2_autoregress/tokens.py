@@ -78,13 +78,10 @@ class FrozenTokens:
         frames = self.represent(batch["events"])
         tokens, _ = self.encoder(frames)
         events = _normalise(tokens).unflatten(0, (-1, batch["windows"]))
-        images, _ = self.teacher.features(batch["images"].flatten(0, 1))
-        images = _normalise(images).unflatten(0, (len(events), -1))
-        if events.shape[2] != images.shape[2]:
-            raise ValueError(
-                f"data: an event window has {events.shape[2]} tokens and an image {images.shape[2]}; "
-                "choose data.height and data.width so that both grids agree"
-            )
+        if "images" in batch:
+            images = self._images(batch["images"], events)
+        else:  # event windows alone: nothing reads the image's tokens
+            images = torch.zeros_like(events[:, :1])
         modality, source = batch["modality"], batch["source"]
         is_event = modality == EVENT
         pair = batch["pair"].gather(1, source.clamp(max=batch["pair"].shape[1] - 1))
@@ -101,6 +98,16 @@ class FrozenTokens:
             grid=self.grid(batch),
             padded=batch["padded"],
         )
+
+    def _images(self, images: Tensor, events: Tensor) -> Tensor:
+        """(B, J, 3, H, W) -> (B, J, N, D) on the events' grid."""
+        tokens, _ = self.teacher.features(images.flatten(0, 1))
+        if events.shape[2] != tokens.shape[1]:
+            raise ValueError(
+                f"data: an event window has {events.shape[2]} tokens and an image {tokens.shape[1]}; "
+                "choose data.height and data.width so that both grids agree"
+            )
+        return _normalise(tokens).unflatten(0, (len(events), -1))
 
     def grid(self, batch: dict[str, Any]) -> tuple[int, int]:
         """Rows and columns of the tokens of each frame of a batch."""

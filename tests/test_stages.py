@@ -188,6 +188,19 @@ def test_stage2_accumulation_divides_by_the_global_count(teacher: FrozenVFM, ord
         assert ((found[name] - gradient).abs().max() / scale) < 1e-3, name
 
 
+def test_stage2_on_event_windows_alone(teacher: FrozenVFM) -> None:
+    torch.manual_seed(2)
+    task = Stage2Task(Backbone(96, 32, 1, 2), FrozenTokens(encoder(), teacher, Histogram()), NextLossConfig(image=0.0))
+    with_images = sequences(3, ("events",))
+    without = [
+        {name: value for name, value in sample.items() if name not in ("images", "image")} for sample in with_images
+    ]
+    values, expected = (task(collate_sequences(part)) for part in (without, with_images))
+    assert values["loss"].item() == expected["loss"].item() and set(values) == {"loss", "next"}
+    found = evaluate_prediction(task.evaluate(collate_sequences(without)))
+    assert found["loss"] > 0 and "predicted_image_r1" not in found and "image_loss" not in found
+
+
 def test_stage2_loss_against_loops(teacher: FrozenVFM) -> None:
     torch.manual_seed(3)
     task = Stage2Task(

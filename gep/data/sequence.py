@@ -34,6 +34,11 @@ class SequenceConfig:
             raise ValueError(f"sequence: odds {dict(zip(LAYOUTS, odds))} must be >= 0, and one of them above 0")
 
     @property
+    def uses_images(self) -> bool:
+        """Whether any layout that is drawn holds an image."""
+        return self.image_last + self.image_first + self.interleave > 0
+
+    @property
     def is_mixed(self) -> bool:
         """Whether more than one layout is drawn."""
         return sum(odd > 0 for odd in self.odds) > 1
@@ -46,8 +51,8 @@ class SequenceConfig:
 class Sequences:
     """Adds to each sample of `recordings` the order in which a backbone reads its windows and images.
 
-    A sample gains `images` uint8 (J, 3, H, W), `pair` int64 (T,) (the image shown during window t), and the
-    frames' `modality`, `source` (index among the windows or the images) and `frame_t_us`, each int64 (F,).
+    A sample gains `images` uint8 (J, 3, H, W) (where there are any), `pair` int64 (T,) (the
+    image shown during window t), and the frames' `modality`, `source` (index among the windows or the images) and `frame_t_us`, each int64 (F,).
     """
 
     def __init__(self, recordings: Recordings, config: SequenceConfig):
@@ -61,11 +66,11 @@ class Sequences:
         odds = np.array(self.config.odds)
         choice = int(odds.argmax()) if rng is None else int(rng.choice(len(odds), p=odds / odds.sum()))
         # A still was on show for the whole recording: one image, paired with every window.
-        images = sample.pop("image")[None]
+        images = {"images": sample.pop("image")[None]} if "image" in sample else {}
         pair = np.zeros(len(sample["events"]), dtype=np.int64)
         image_t_us = sample["t_us"][-1:, 1]
         frames = lay_out(LAYOUTS[choice], sample["t_us"], pair, image_t_us)
-        return {**sample, "images": images, "pair": pair, **frames}
+        return {**sample, **images, "pair": pair, **frames}
 
 
 def lay_out(kind: str, t_us: np.ndarray, pair: np.ndarray, image_t_us: np.ndarray) -> dict[str, np.ndarray]:
@@ -106,6 +111,7 @@ def collate_sequences(samples: Sequence[Sample]) -> Batch:
     lengths = torch.tensor([len(sample["modality"]) for sample in samples])
     batch["valid"] = torch.arange(length)[None] < lengths[:, None]
     batch["padded"] = bool((lengths < length).any())
-    batch["images"] = torch.from_numpy(np.stack([sample["images"] for sample in samples]))
+    if "images" in samples[0]:
+        batch["images"] = torch.from_numpy(np.stack([sample["images"] for sample in samples]))
     batch["pair"] = torch.from_numpy(np.stack([sample["pair"] for sample in samples]))
     return batch
