@@ -50,6 +50,8 @@ def test_lists_the_field_and_the_fix() -> None:
         config.load(Stage1Config, ["loss.regression=0", "loss.contrastive=0"])
     with pytest.raises(config.ConfigError, match=r"optm.*optim"):
         config.load(Stage1Config, ["optm.lr=1"])
+    with pytest.raises(config.ConfigError, match=r"nothing is left to predict"):
+        config.load(Stage2Config, ["sequence.image_first=1", "sequence.image_last=0"])
     with pytest.raises(config.ConfigError, match=r"train\.accumulate=2 would shrink the negatives"):
         config.load(Stage2Config, ["loss.contrastive=1", "train.accumulate=2"])
 

@@ -51,8 +51,8 @@ class SequenceConfig:
 class Sequences:
     """Adds to each sample of `recordings` the order in which a backbone reads its windows and images.
 
-    A sample gains `images` uint8 (J, 3, H, W) (where there are any), `pair` int64 (T,) (the
-    image shown during window t), and the frames' `modality`, `source` (index among the windows or the images) and `frame_t_us`, each int64 (F,).
+    A sample gains `images` uint8 (J, 3, H, W) where there are any, `pair` int64 (T,) (the image shown during window t),
+    and the frames' `modality`, `source` (index among the windows or the images) and `frame_t_us`, each int64 (F,).
     """
 
     def __init__(self, recordings: Recordings, config: SequenceConfig):
