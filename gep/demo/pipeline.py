@@ -43,7 +43,7 @@ class Size:
     num_test: int
 
 
-FULL = Size(1100, 2, 600, 360, 48, 2, 800)
+FULL = Size(1100, 2, 600, 360, 30, 2, 800)
 FAST = Size(200, 1, 120, 50, 8, 2, 300)
 
 
