@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from gep.data.listing import Listing
+from gep.data.view import View, decode, encode_png
 
 NMNIST_SENSOR = (34, 34)
 MNIST_OFFSET = 3  # px: where the 28×28 digit sits in the 34×34 view of the sensor
@@ -81,7 +81,7 @@ def nimagenet(root: Path, split: str) -> Listing:
                 f"N-ImageNet: {len(missing)} of {len(paths)} recordings have no image; the first is {missing[0]}. "
                 f"Complete {photos}, or move it away to use the recordings without images"
             )
-        image = _ImageFiles(paths, (480, 640))
+        image = ImageFiles(paths, (480, 640))
     return Listing("nimagenet", split, keys, files, labels, classes, (480, 640), image)
 
 
@@ -123,23 +123,33 @@ class _MnistImages:
     digits: np.ndarray
     rows: np.ndarray
 
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        return encode_png(self.digits[self.rows[index]]), ".png"
+
+    def view(self, index: int) -> View:
+        return View(NMNIST_SENSOR, place=(MNIST_OFFSET, MNIST_OFFSET))
+
     def __call__(self, index: int) -> np.ndarray:
-        view = np.zeros((3, *NMNIST_SENSOR), dtype=np.uint8)
-        view[:, MNIST_OFFSET : MNIST_OFFSET + 28, MNIST_OFFSET : MNIST_OFFSET + 28] = self.digits[self.rows[index]]
-        return view
+        digit = self.digits[self.rows[index]]
+        return self.view(index).apply(np.repeat(digit[..., None], 3, axis=2))
 
 
 @dataclass(frozen=True)
-class _ImageFiles:
-    """Photographs, stretched to the sensor's view as the recordings' monitor showed them."""
+class ImageFiles:
+    """Pictures on disk, one a sample, brought into the sensor's view; stretched to it unless `views` says more."""
 
     paths: tuple[Path, ...]
     sensor: tuple[int, int]
+    views: tuple[View, ...] = ()
+
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        return self.paths[index].read_bytes(), self.paths[index].suffix.lower()
+
+    def view(self, index: int) -> View:
+        return self.views[index] if self.views else View(self.sensor)
 
     def __call__(self, index: int) -> np.ndarray:
-        with Image.open(self.paths[index]) as photo:
-            resized = photo.convert("RGB").resize((self.sensor[1], self.sensor[0]), Image.Resampling.BICUBIC)
-        return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+        return self.view(index).apply(decode(self.encoded(index)[0], str(self.paths[index])))
 
 
 def _mnist_images(root: Path, split: str, numbers: np.ndarray, files: tuple[Path, ...]) -> _MnistImages | None:

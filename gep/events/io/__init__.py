@@ -1,66 +1,97 @@
-"""Reading recordings: one entry, `read_events`, and one module per format family."""
+"""Reading and writing recordings: `read_events`, `open_events`, `write_events`; one module per format family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import os
 from pathlib import Path
 
+from gep.events.io import bin as _bin
+from gep.events.io import npy as _npy
+from gep.events.io import npz as _npz
 from gep.events.io.bin import read_bin as read_bin
 from gep.events.io.bin import write_bin as write_bin
 from gep.events.io.npy import read_npy as read_npy
 from gep.events.io.npz import read_npz as read_npz
+from gep.events.io.source import EventSource as EventSource
+from gep.events.io.source import Format as Format
 from gep.events.types import EventFormatError, Events
 
-# A further format is one module with a reader of this signature and one line in each table it needs.
-MAGIC: dict[bytes, Callable[..., Events]] = {
-    b"PK\x03\x04": read_npz,
-    b"\x93NUMPY": read_npy,
-}
-"""First bytes of a file -> reader; what a file holds counts more than what it is called."""
+FORMATS: tuple[Format, ...] = (
+    *_npz.FORMATS,
+    *_npy.FORMATS,
+    *_bin.FORMATS,
+)
+"""Every format, in the order in which content is looked at; a new one is a module with `FORMATS` and a line here."""
 
-SUFFIXES: dict[str, Callable[..., Events]] = {
-    ".bin": read_bin,
-    ".npz": read_npz,
-    ".npy": read_npy,
-}
-"""File suffix -> reader, for formats without a signature."""
-
-FORMATS: dict[str, str] = {
-    ".bin": "N-MNIST, N-Caltech101",
-    ".npz": "N-ImageNet",
-    ".npy": "EST re-release of N-Caltech101",
-}
-"""File suffix -> the data sets that use it, for messages and `gep info`."""
+_HEAD = 4096
 
 
-def read_events(path: str | Path, *, height: int | None = None, width: int | None = None) -> Events:
-    """All events of one recording.
+def open_events(
+    path: str | Path, *, height: int | None = None, width: int | None = None, recover: bool = False
+) -> EventSource:
+    """A recording, opened for reading in parts.
 
     Args:
-        path: the file; its reader is chosen by content, then by suffix.
-        height: sensor rows; None leaves it to the reader's documented default.
+        path: the file (for DDD17 the folder or its events.dat.t); its format is told by content, then by suffix.
+        height: sensor rows; None = as the file says, else the format's documented default.
         width: sensor columns; None likewise.
-
-    Returns:
-        Validated events, t in µs as the file has it (not shifted to 0).
+        recover: of a damaged file, give the longest sound prefix and warn how much is lost, instead of raising.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: only one of height and width is given.
-        EventFormatError: unknown format, or a damaged, empty or truncated file.
+        EventFormatError: unknown format, or a damaged, empty or truncated file; names file, byte and cause.
     """
     path = Path(path)
     if (height is None) != (width is None):
         raise ValueError(f"give both height and width or neither, got height={height}, width={width}")
-    if not path.is_file():
+    return find_format(path).open(path, height=height, width=width, recover=recover)
+
+
+def read_events(
+    path: str | Path, *, height: int | None = None, width: int | None = None, recover: bool = False
+) -> Events:
+    """All events of one recording; arguments and errors are those of `open_events`.
+
+    Returns:
+        Validated events, t in µs as the file has it (not shifted to 0).
+    """
+    with open_events(path, height=height, width=width, recover=recover) as source:
+        return source.read()
+
+
+def find_format(path: str | Path) -> Format:
+    """The format of a recording on disk.
+
+    Raises:
+        FileNotFoundError, EventFormatError: there is no such file, or no format knows it.
+    """
+    path = Path(path)
+    head = b""
+    if path.is_file():
+        with open(path, "rb") as file:
+            head = file.read(_HEAD)
+        if not head:
+            raise EventFormatError(f"{path}: byte 0: the file is empty")
+    elif not path.exists():
         raise FileNotFoundError(f"no event file at {path}")
-    with open(path, "rb") as file:
-        head = file.read(8)
-    if not head:
-        raise EventFormatError(f"{path}: byte 0: the file is empty")
-    reader = next((found for magic, found in MAGIC.items() if head.startswith(magic)), None)
-    reader = reader or SUFFIXES.get(path.suffix.lower())
-    if reader is None:
-        known = ", ".join(f"{suffix} ({name})" for suffix, name in FORMATS.items())
-        raise EventFormatError(f"{path}: byte 0: unknown event format; known are {known}")
-    return reader(path, height=height, width=width)
+    for found in FORMATS:
+        if found.sniff(head, path):
+            return found
+    if path.is_file():
+        for found in FORMATS:
+            if path.name.lower().endswith(found.suffixes):
+                return found
+    known = ", ".join(f"{found.name} ({'/'.join(found.suffixes)}: {found.what})" for found in FORMATS)
+    raise EventFormatError(f"{path}: byte 0: unknown event format; known are {known}")
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(process: int, path: Path, height: int | None, width: int | None) -> EventSource:
+    return open_events(path, height=height, width=width)
+
+
+def opened(path: str | Path, *, height: int | None = None, width: int | None = None) -> EventSource:
+    """`open_events`, kept open: the last few sources of this process are shared and must not be closed."""
+    return _opened(os.getpid(), Path(path), height, width)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numba
 import numpy as np
 
+from gep.events.io.source import Format, InMemory
 from gep.events.types import EventFormatError, Events
 
 _RECORD = 5
@@ -144,3 +145,11 @@ def write_bin(path: str | Path, events: Events) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def open_bin(path: Path, *, height: int | None, width: int | None, recover: bool) -> InMemory:
+    """The recording, read whole."""
+    return InMemory(path, read_bin(path, height=height, width=width))
+
+
+FORMATS = (Format("bin", (".bin",), "N-MNIST, N-Caltech101", lambda head, path: False, open_bin, write_bin),)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gep.events.io.source import Format, InMemory
 from gep.events.types import EventFormatError, Events
 
 _SENSOR = (180, 240)
@@ -58,3 +59,15 @@ def read_npy(path: str | Path, *, height: int | None = None, width: int | None =
         width=width,
         source=str(path),
     )
+
+
+def open_npy(path: Path, *, height: int | None, width: int | None, recover: bool) -> InMemory:
+    """The recording, read whole."""
+    return InMemory(path, read_npy(path, height=height, width=width))
+
+
+FORMATS = (
+    Format(
+        "npy", (".npy",), "EST re-release of N-Caltech101", lambda head, path: head.startswith(b"\x93NUMPY"), open_npy
+    ),
+)

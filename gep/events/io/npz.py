@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gep.events.io.source import Format, InMemory
 from gep.events.types import EventFormatError, Events
 
 _SENSOR = (480, 640)
@@ -63,3 +64,11 @@ def read_npz(path: str | Path, *, height: int | None = None, width: int | None =
     if height is None or width is None:
         height, width = _SENSOR
     return Events.from_arrays(**arrays, height=height, width=width, source=str(path))
+
+
+def open_npz(path: Path, *, height: int | None, width: int | None, recover: bool) -> InMemory:
+    """The recording, read whole."""
+    return InMemory(path, read_npz(path, height=height, width=width))
+
+
+FORMATS = (Format("npz", (".npz",), "N-ImageNet", lambda head, path: head.startswith(b"PK\x03\x04"), open_npz),)
