@@ -6,7 +6,7 @@ EXTRAS := demo,io,llm,test
 NMNIST ?=
 FAST ?=
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow fuzz lint format bench clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ test: $(VENV)/.installed  ## the quick tests
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
+fuzz: $(VENV)/.installed  ## 20,000 damaged recordings over all readers
+	$(BIN)/python -m tests.fuzz --inputs 20000
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,6 +38,9 @@ bench: $(VENV)/.installed  ## speed as ratios, one table a script
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python -m bench.represent
 	$(BIN)/python -m bench.engine
+	$(BIN)/python -m bench.decode
+	$(BIN)/python -m bench.loader
+	$(BIN)/python -m bench.simulate
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gep.data.paired import Recordings, collate
 from gep.evaluate import collect
+from gep.events.frames import frames as frames_of
 from gep.hub import GEPModel
 
 Feature = Literal["all", "last"]
@@ -59,7 +60,7 @@ def window_features(model: GEPModel, batch: dict[str, Any], *, use_backbone: boo
         batch: as `gep.data.paired.collate` gives it.
         use_backbone: False reads the encoder alone.
     """
-    frames = model.represent(batch["events"])
+    frames = frames_of(model.represent, batch["events"])
     tokens, _ = model.encoder(frames)
     tokens = tokens.float().unflatten(0, (-1, batch["windows"]))
     if model.backbone is None or not use_backbone:
@@ -89,7 +90,7 @@ def pixel_features(batch: dict[str, Any], cells: tuple[int, int], represent: Any
     Returns:
         (B, T · C · rows · columns) float32.
     """
-    frames = represent(batch["events"])
+    frames = frames_of(represent, batch["events"])
     pooled = F.adaptive_avg_pool2d(frames, cells).unflatten(0, (-1, batch["windows"]))
     return pooled.flatten(1)
 

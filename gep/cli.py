@@ -1,4 +1,4 @@
-"""`gep demo | info | render`: the command line for people; training goes through the stages' own run.py."""
+"""`gep demo | info | render | convert | shard`: for people; training goes through the stages' own run.py."""
 
 from __future__ import annotations
 
@@ -23,15 +23,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo.add_argument("--seed", type=int, default=0, help="of everything (%(default)s)")
     demo.set_defaults(run=_demo)
 
-    info = commands.add_parser("info", help="what a recording or an exported model is")
-    info.add_argument("path", type=Path, help="a recording, or an export folder")
+    info = commands.add_parser("info", help="what a recording, a data set, shards or an exported model holds")
+    info.add_argument("path", type=Path, help="a recording, a data set's root, a folder of shards, or an export")
+    _add_reading(info)
     info.set_defaults(run=_info)
 
-    render = commands.add_parser("render", help="draw a recording as PNG, one picture a window")
+    render = commands.add_parser("render", help="draw a recording: PNG, GIF or MP4")
     render.add_argument("path", type=Path, help="a recording")
-    render.add_argument("-o", "--out", type=Path, required=True, help="the picture, .png")
-    render.add_argument("--windows", type=int, default=6, help="windows side by side (%(default)s)")
+    render.add_argument("-o", "--out", type=Path, required=True, help="the picture (.png) or film (.gif, .mp4)")
+    render.add_argument("--windows", type=int, default=6, help="PNG: windows side by side (%(default)s)")
+    render.add_argument("--window-ms", type=float, default=33.0, help="film: events shown in a frame (%(default)s)")
+    render.add_argument("--fps", type=float, default=30.0, help="film: frames a second (%(default)s)")
+    render.add_argument("--slowdown", type=float, default=1.0, help="film: times slower than life (%(default)s)")
+    _add_reading(render)
     render.set_defaults(run=_render)
+
+    convert = commands.add_parser("convert", help="write a recording in another format, told by the suffix")
+    convert.add_argument("source", type=Path, help="a recording")
+    convert.add_argument("target", type=Path, help="the file to write, .arrow being gep's own format")
+    convert.add_argument("--compression", choices=("lz4", "zstd", "none"), help=".arrow: how it is packed")
+    convert.add_argument("--recover", action="store_true", help="of a damaged recording, convert the sound prefix")
+    _add_reading(convert)
+    convert.set_defaults(run=_convert)
+
+    shard = commands.add_parser("shard", help="pack a data set into WebDataset shards")
+    shard.add_argument("dataset", help="name of the data set, as in data.name")
+    shard.add_argument("out", type=Path, help="folder of the shards; a run that was cut off goes on there")
+    shard.add_argument("--root", required=True, help="folder that holds the data set")
+    shard.add_argument("--split", default="train", help="(%(default)s)")
+    shard.add_argument("--workers", type=int, default=1, help="processes; the output does not depend on it")
+    shard.add_argument("--samples", type=int, default=1000, help="samples a shard (%(default)s)")
+    shard.add_argument("--past-ms", type=float, default=0.0, help="video sets: events to keep from before each span")
+    shard.add_argument("--future-ms", type=float, default=0.0, help="and from after it (data.jitter_us)")
+    shard.add_argument("--compression", choices=("lz4", "zstd", "none"), default="lz4", help="(%(default)s)")
+    shard.add_argument("--seed", type=int, default=0, help="of the order of the samples; -1 = as listed (%(default)s)")
+    shard.add_argument("--skip-bad", action="store_true", help="leave unreadable recordings out, and list them")
+    shard.add_argument("options", nargs="*", help="further data options, key=value (see data.* in --help of a stage)")
+    shard.set_defaults(run=_shard)
 
     arguments = parser.parse_args(argv)
     config.run_cli(lambda: arguments.run(arguments))
@@ -46,29 +74,60 @@ def _demo(arguments: argparse.Namespace) -> None:
     print(f"\n{arguments.out / 'results.json'}\n{arguments.out / 'report.html'}: open it in a browser")
 
 
-def _info(arguments: argparse.Namespace) -> None:
-    from gep.events.io import read_events
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--height", type=int, help="sensor rows, where the file does not say")
+    parser.add_argument("--width", type=int, help="sensor columns, likewise")
 
-    path: Path = arguments.path
-    if path.is_dir():
-        print((path / "config.json").read_text(encoding="utf-8"))
-        return
-    events = read_events(path)
-    seconds = events.duration_us / 1e6
-    rate = len(events) / seconds if seconds else 0.0
-    share = 100 * float(events.p.mean()) if len(events) else 0.0
-    print(
-        f"{path}: {len(events):,} events in {seconds:.6f} s ({rate / 1e6:.3f} M/s), {share:.1f}% ON, "
-        f"sensor {events.height} × {events.width} (height × width)"
-    )
+
+def _info(arguments: argparse.Namespace) -> None:
+    from gep.data.describe import describe_path
+
+    print(describe_path(arguments.path, height=arguments.height, width=arguments.width))
 
 
 def _render(arguments: argparse.Namespace) -> None:
-    from gep.events.io import read_events
-    from gep.events.render import strip
+    from gep.events.io import open_events
+    from gep.events.render import strip, video
 
-    strip(read_events(arguments.path), windows=arguments.windows).save(arguments.out)
+    with open_events(arguments.path, height=arguments.height, width=arguments.width) as source:
+        if arguments.out.suffix.lower() == ".png":
+            strip(source.read(), windows=arguments.windows).save(arguments.out)
+        else:
+            window_us = round(1000 * arguments.window_ms)
+            video(source, arguments.out, window_us=window_us, fps=arguments.fps, slowdown=arguments.slowdown)
     print(arguments.out)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from gep.events.io.convert import convert
+
+    size = {"height": arguments.height, "width": arguments.width}
+    count = convert(
+        arguments.source, arguments.target, **size, recover=arguments.recover, compression=arguments.compression
+    )
+    print(f"{arguments.target}: {count:,} events, {arguments.target.stat().st_size:,} bytes")
+
+
+def _shard(arguments: argparse.Namespace) -> None:
+    from gep.data.config import SourceConfig
+    from gep.data.registry import list_recordings
+    from gep.data.shard_write import write_shards
+
+    options = config.load(SourceConfig, [f"name={arguments.dataset}", *arguments.options])
+    listing = list_recordings(arguments.dataset, arguments.root, arguments.split, options)
+    print(listing.describe())
+    write_shards(
+        listing,
+        arguments.out,
+        workers=arguments.workers,
+        samples_per_shard=arguments.samples,
+        past_us=round(1000 * arguments.past_ms),
+        future_us=round(1000 * arguments.future_ms),
+        compression=arguments.compression,
+        shuffle_seed=None if arguments.seed < 0 else arguments.seed,
+        skip_bad=arguments.skip_bad,
+    )
+    print(f"{arguments.out}: data.name=shards data.root={arguments.out}")
 
 
 if __name__ == "__main__":

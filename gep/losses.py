@@ -14,7 +14,7 @@ def regression(
     prediction: Tensor,
     target: Tensor,
     *,
-    kind: Literal["mse", "cosine", "smooth_l1"] = "smooth_l1",
+    kind: Literal["mse", "cosine", "mse_cosine", "smooth_l1"] = "smooth_l1",
     weight: Tensor | None = None,
     denominator: Tensor | float | None = None,
 ) -> Tensor:
@@ -22,7 +22,7 @@ def regression(
 
     Args:
         prediction, target: (..., D) float.
-        kind: "mse" and "smooth_l1" (knee at 1) are means over D; "cosine" is 1 - cosine.
+        kind: "mse" and "smooth_l1" (knee at 1) are means over D; "cosine" is 1 - cosine, "mse_cosine" the sum of both.
         weight: (...) float or bool, one a token; 0 leaves the token out (whatever it holds, NaN included).
         denominator: what the weighted sum is divided by; None = the sum of the weights. Give the count
             over all ranks and micro-batches (divided by the number of addends that are averaged) to keep a
@@ -46,8 +46,10 @@ def regression(
             error = F.smooth_l1_loss(a, b, reduction="none").mean(-1)
         elif kind == "cosine":
             error = 1 - (normalise(a) * normalise(b)).sum(-1)
+        elif kind == "mse_cosine":
+            error = (a - b).square().mean(-1) + 1 - (normalise(a) * normalise(b)).sum(-1)
         else:
-            raise ValueError(f"regression kind {kind!r}: choose one of mse, cosine, smooth_l1")
+            raise ValueError(f"regression kind {kind!r}: choose one of mse, cosine, mse_cosine, smooth_l1")
         if weight is None:
             return error.mean() if denominator is None else error.sum() / denominator
         total = weight.sum().clamp_min(torch.finfo(torch.float32).tiny) if denominator is None else denominator

@@ -12,8 +12,8 @@ from torch import nn
 
 from gep import config
 from gep.checkpoint import prepare_run_dir
-from gep.data.paired import build, collate
-from gep.data.sampler import Batches
+from gep.data.build import batches_of, build, represent_of, roots
+from gep.data.paired import collate
 from gep.engine import fit, make_accelerator
 from gep.evaluate import collect
 from gep.export import WEIGHTS
@@ -32,22 +32,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         in_chans=represent.channels, size=(cfg.data.height, cfg.data.width), head_dim=teacher.pooled_dim
     )
     check_fit(encoder, teacher, cfg)
-    accelerator.print(f"train on {train_set.listing.describe()}\nevaluate on {eval_set.listing.describe()}")
+    accelerator.print(f"train on {train_set.describe()}\nevaluate on {eval_set.describe()}")
     if cfg.encoder.init == "teacher":
         accelerator.print(encoder.init_from_teacher(teacher))
     run_dir = prepare_run_dir(
         cfg.run,
         cfg,
-        may_differ=("run", "data.root"),
+        may_differ=("run", *roots(cfg.data)),
         inputs={"teacher.name": f"{teacher.spec.removeprefix('export:')}/{WEIGHTS}"},
     )
     vectors = None
     if teacher.classes is not None and tuple(teacher.classes) != eval_set.listing.classes:
         accelerator.print(f"no zero-shot accuracy: the teacher's classes are not those of {eval_set.listing.name}")
         teacher.classes = teacher.class_head = None
-    if teacher.has_text:
+    if teacher.has_text and eval_set.listing.classes:
         vectors = teacher.text([cfg.prompt.format(name.replace("_", " ")) for name in eval_set.listing.classes])
-    task = Stage1Task(encoder, teacher, represent, cfg.loss, vectors)
+    task = Stage1Task(encoder, teacher, represent_of(represent, cfg.data), cfg.loss, vectors)
 
     def evaluate(_: nn.Module, step: int) -> dict[str, float]:
         rows = collect(
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     metrics = fit(
         task,
-        Batches.of_run(train_set, collate, cfg.train),
+        batches_of(train_set, collate, cfg.train, cfg.data),
         train=cfg.train,
         optim=cfg.optim,
         accelerator=accelerator,
@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         evaluate=evaluate,
     )
     if accelerator.is_main_process:
-        model = GEPModel.from_parts(encoder, represent, cfg.data, teacher=teacher)
-        model.save_pretrained(Path(run_dir) / "export", metrics=metrics, data={"train": train_set.listing.describe()})
+        model = GEPModel.from_parts(encoder, represent, next(iter(cfg.data.sources().values())), teacher=teacher)
+        model.save_pretrained(Path(run_dir) / "export", metrics=metrics, data={"train": train_set.describe()})
     accelerator.print({name: round(value, 4) for name, value in metrics.items()})
     return metrics
 

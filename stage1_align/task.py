@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gep.data.paired import DataConfig
+from gep.data.config import DataConfig
 from gep.distributed import gather, gather_with_grad, rank, world_size
 from gep.engine import TrainConfig
-from gep.events.represent import Representation, RepresentConfig, histogram
-from gep.events.types import EventBatch
+from gep.events.frames import AnyEvents, PerSource
+from gep.events.frames import frames as frames_of
+from gep.events.represent import Histogram, Representation, RepresentConfig
 from gep.losses import info_nce, regression, siglip, similarity_structure
 from gep.models.config import EncoderConfig, TeacherConfig
 from gep.models.encoder import EventEncoder
@@ -31,7 +32,7 @@ class AlignLossConfig:
 
     regression: float = 1.0
     """weight of the token regression"""
-    regression_kind: Literal["mse", "cosine", "smooth_l1"] = "smooth_l1"
+    regression_kind: Literal["mse", "cosine", "mse_cosine", "smooth_l1"] = "smooth_l1"
     """distance between an event token and the teacher's token at the same place"""
     normalise_target: bool = True
     """layer-normalise the teacher's tokens, without scale and shift, before they are a target"""
@@ -102,7 +103,7 @@ class Stage1Task(nn.Module):
         self,
         encoder: EventEncoder,
         teacher: FrozenVFM,
-        represent: Representation,
+        represent: Representation | PerSource,
         loss: AlignLossConfig,
         class_vectors: Tensor | None = None,
     ):
@@ -136,7 +137,7 @@ class Stage1Task(nn.Module):
             "loss" and the terms it is made of, scalars.
         """
         windows = batch["windows"]
-        frames = self.represent(batch["events"])
+        frames = frames_of(self.represent, batch["events"])
         tokens, _ = self.encoder(frames)
         teacher_tokens, teacher_pooled = self.teacher.features(batch["image"])
         target = teacher_tokens.repeat_interleave(windows, dim=0)
@@ -170,7 +171,7 @@ class Stage1Task(nn.Module):
             return None
         events, images = [], []
         for batch in micro_batches:
-            tokens, _ = self.encoder(self.represent(batch["events"]))
+            tokens, _ = self.encoder(frames_of(self.represent, batch["events"]))
             events.append(gather(self._pool(tokens, batch["windows"])))
             images.append(gather(F.normalize(self.teacher.features(batch["image"])[1].float(), dim=-1)))
         return {"events": events, "images": images}
@@ -178,7 +179,7 @@ class Stage1Task(nn.Module):
     def features(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Evaluation's view of a batch, a row a sample: pooled features of both sides and token agreement."""
         windows = batch["windows"]
-        tokens, _ = self.encoder(self.represent(batch["events"]))
+        tokens, _ = self.encoder(frames_of(self.represent, batch["events"]))
         teacher_tokens, teacher_pooled = self.teacher.features(batch["image"])
         target = layer_normalise(teacher_tokens) if self.loss.normalise_target else teacher_tokens
         per_sample = tokens.unflatten(0, (-1, windows)).float()
@@ -230,9 +231,9 @@ class Stage1Task(nn.Module):
         value = shared.detach()
         return value, parts * (local - local.detach()) + shared
 
-    def _activity(self, events: EventBatch) -> Tensor:
+    def _activity(self, events: AnyEvents) -> Tensor:
         """(B, N) weights: 1 − a + a · (events in the patch ÷ mean over patches), a = loss.activity."""
-        counted = histogram(events).sum(dim=1, keepdim=True)
+        counted = frames_of(Histogram(), events).sum(dim=1, keepdim=True)
         counts = F.avg_pool2d(counted, self.encoder.patch_size, ceil_mode=True).flatten(1)
         share = counts / counts.mean(dim=1, keepdim=True).clamp_min(1e-12)
         return 1 - self.loss.activity + self.loss.activity * share
@@ -258,6 +259,23 @@ def layer_normalise(tokens: Tensor) -> Tensor:
     return F.layer_norm(tokens.float(), tokens.shape[-1:])
 
 
+def candidates_ahead(queries: Tensor, candidates: Tensor, chunk: int = 1024) -> Tensor:
+    """How many wrong candidates are at least as similar as the right one, a query; row i belongs to row i.
+
+    Args:
+        queries, candidates: (N, P) float unit vectors.
+        chunk: queries at a time: the N × N similarities of a large set do not fit into memory at once.
+    Returns:
+        (N,) int64; ties, and NaN, count against us.
+    """
+    counts = []
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start : start + chunk] @ candidates.T
+        own = similarity.diagonal(start)[:, None]
+        counts.append((~(similarity < own)).sum(dim=1) - 1)
+    return torch.cat(counts)
+
+
 def _detached(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in values.items()}
 
@@ -269,11 +287,9 @@ def evaluate_alignment(rows: dict[str, Tensor]) -> dict[str, float]:
         r1/r5 event → image and image → event (%, ties broken against us), token_cosine in [−1, 1], and
         zero_shot top-1 (%) where the teacher knows classes.
     """
-    similarity = rows["event"] @ rows["image"].T
     metrics: dict[str, float] = {}
-    for name, matrix in (("event_to_image", similarity), ("image_to_event", similarity.T)):
-        own = matrix.diagonal()[:, None]
-        ahead = (~(matrix < own)).sum(dim=1) - 1  # NaN counts against us too
+    for name in ("event_to_image", "image_to_event"):
+        ahead = candidates_ahead(*(rows[side] for side in name.split("_to_")))
         for k in (1, 5):
             metrics[f"{name}_r{k}"] = 100 * (ahead < k).float().mean().item()
     metrics["token_cosine"] = rows["token_cosine"].mean().item()

@@ -11,8 +11,8 @@ from torch import nn
 
 from gep import config
 from gep.checkpoint import prepare_run_dir
-from gep.data.paired import build, take_over
-from gep.data.sampler import Batches
+from gep.data.build import batches_of, build, represent_of, roots, take_over
+from gep.data.image_stream import StillStream
 from gep.data.sequence import Sequences, collate_sequences
 from gep.engine import fit, make_accelerator
 from gep.evaluate import collect
@@ -27,18 +27,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     cfg = config.load(Stage2Config, argv)
     accelerator = make_accelerator(cfg.train, cfg.run)
     model = GEPModel.from_pretrained(cfg.model).to(accelerator.device)
-    data = take_over(cfg.data, model.input_settings, cfg.model)
+    data = take_over(cfg.data, model.input_settings, cfg.model, longer=True)
     train_set, eval_set = build(data, paired=cfg.sequence.uses_images or cfg.loss.image > 0)
-    accelerator.print(f"train on {train_set.listing.describe()}\nevaluate on {eval_set.listing.describe()}")
+    accelerator.print(f"train on {train_set.describe()}\nevaluate on {eval_set.describe()}")
+    if isinstance(train_set, StillStream):
+        raise ValueError("data.images.streaming=true: stage 2 addresses its samples by number; unset streaming")
     teacher = cfg.teacher.build(encoder_preset=model.preset, device=accelerator.device)
     run_dir = prepare_run_dir(
         cfg.run,
         cfg,
-        may_differ=("run", "data.root", "model"),
+        may_differ=("run", "model", *roots(cfg.data)),
         inputs={"model": f"{cfg.model}/{WEIGHTS}", "teacher.name": f"{teacher.spec.removeprefix('export:')}/{WEIGHTS}"},
     )
     backbone = cfg.backbone.build(model.encoder.embed_dim)
-    task = Stage2Task(backbone, FrozenTokens(model.encoder, teacher, model.represent), cfg.loss)
+    task = Stage2Task(backbone, FrozenTokens(model.encoder, teacher, represent_of(model.represent, data)), cfg.loss)
 
     def evaluate(_: nn.Module, step: int) -> dict[str, float]:
         rows = collect(
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     metrics = fit(
         task,
-        Batches.of_run(Sequences(train_set, cfg.sequence), collate_sequences, cfg.train),
+        batches_of(Sequences(train_set, cfg.sequence), collate_sequences, cfg.train, data),
         train=cfg.train,
         optim=cfg.optim,
         accelerator=accelerator,
@@ -61,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     if accelerator.is_main_process:
         model.backbone = backbone
-        model.save_pretrained(run_dir / "export", metrics=metrics, data={"train": train_set.listing.describe()})
+        if not data.mix:
+            model.input_settings.update({key: getattr(data, key) for key in model.input_settings})
+        model.save_pretrained(run_dir / "export", metrics=metrics, data={"train": train_set.describe()})
     accelerator.print({name: round(value, 4) for name, value in metrics.items()})
     return metrics
 

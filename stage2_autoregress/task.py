@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gep.data.paired import DataConfig
+from gep.data.config import DataConfig
 from gep.data.sequence import SequenceConfig
 from gep.distributed import gather, gather_with_grad, rank, sum_over_ranks, world_size
 from gep.engine import TrainConfig
@@ -33,7 +33,7 @@ class NextLossConfig:
     """weight of the regression to the next frame's (or next) token"""
     image: float = 1.0
     """weight of the image's tokens predicted from every event frame"""
-    kind: Literal["mse", "cosine", "smooth_l1"] = "smooth_l1"
+    kind: Literal["mse", "cosine", "mse_cosine", "smooth_l1"] = "smooth_l1"
     """distance of both regressions"""
     contrastive: float = 0.0
     """weight of telling the true next frame from those of the rest of the batch"""

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gep.data.sequence import EVENT
+from gep.events.frames import PerSource
+from gep.events.frames import frames as frames_of
 from gep.events.represent import Representation
 from gep.models.encoder import EventEncoder
 from gep.models.teacher import FrozenVFM
@@ -56,7 +58,7 @@ class FrozenTokens:
         ValueError: encoder and teacher differ in token size.
     """
 
-    def __init__(self, encoder: EventEncoder, teacher: FrozenVFM, represent: Representation):
+    def __init__(self, encoder: EventEncoder, teacher: FrozenVFM, represent: Representation | PerSource):
         if encoder.embed_dim != teacher.embed_dim:
             raise ValueError(
                 f"model: its tokens have {encoder.embed_dim} features and those of teacher.name have "
@@ -75,7 +77,7 @@ class FrozenTokens:
         Raises:
             ValueError: the event and image grids differ.
         """
-        frames = self.represent(batch["events"])
+        frames = frames_of(self.represent, batch["events"])
         tokens, _ = self.encoder(frames)
         events = _normalise(tokens).unflatten(0, (-1, batch["windows"]))
         if "images" in batch:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gep.data.build import build
+from gep.data.config import DataConfig
 from gep.data.fewshot import draw_shots
-from gep.data.labelled import list_recordings
-from gep.data.paired import DataConfig, Recordings, build, collate
+from gep.data.paired import Recordings, collate
+from gep.data.registry import list_recordings
 from gep.events.io.bin import write_bin
 from gep.events.slicing import cut_windows
 from gep.events.types import EventFormatError, Events
@@ -121,7 +123,7 @@ def test_missing_and_empty(tmp_path: Path) -> None:
     (tmp_path / "Train" / "3").mkdir(parents=True)
     with pytest.raises(ValueError, match="no recording found"):
         list_recordings("nmnist", tmp_path, "train")
-    with pytest.raises(ValueError, match="choose one of ncaltech101, nimagenet, nmnist"):
+    with pytest.raises(ValueError, match="choose one of cifar10dvs, .*nmnist, shards"):
         list_recordings("mnist", tmp_path, "train")
     with pytest.raises(ValueError, match="no split 'val'"):
         list_recordings("nmnist", tmp_path, "val")

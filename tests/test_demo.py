@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gep.data.labelled import list_recordings
 from gep.data.listing import Listing
+from gep.data.registry import list_recordings
 from gep.demo import report
 from gep.demo.digits import RESERVED, load_digits, rank_range, shown_in, training_digits
 from gep.demo.pipeline import Demo, real_recordings

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gep.data.paired import DataConfig
+from gep.data.config import DataConfig
 from gep.events.io.bin import write_bin
 from gep.events.represent import Histogram
 from gep.events.types import Events

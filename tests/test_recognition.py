@@ -14,7 +14,7 @@ from downstream.heads import fit_linear_probe
 from downstream.metrics import mean_std, per_class_accuracy, top_k_accuracy
 from downstream.recognition.task import ProbeConfig, kshot
 from gep import export
-from gep.data.paired import DataConfig
+from gep.data.config import DataConfig
 from gep.events.io.bin import write_bin
 from gep.events.represent import Histogram
 from gep.events.types import Events

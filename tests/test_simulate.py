@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gep.events import simulate
+from gep.events import stepping
 from gep.events.camera import CameraPath, nmnist_saccades, smooth_random
 from gep.events.sensor import NMNIST_SENSOR, SensorModel, draw
 from gep.events.simulate import render, simulate_counts, simulate_events
@@ -212,7 +212,7 @@ def test_same_seed_same_events_in_any_chunking(monkeypatch):
         ("chunks", 84, 0),
         ("other", 2**18, 1),
     ):
-        monkeypatch.setitem(simulate._CHUNK_PIXELS, "cpu", pixels)
+        monkeypatch.setitem(stepping.CHUNK_PIXELS, "cpu", pixels)
         recordings = simulate_events(images, path, sensor=EVERYTHING, generator=seeded(seed), **size)
         runs[name] = [columns(events) for events in recordings]
     assert runs["whole"] == runs["again"] == runs["chunks"]
@@ -254,10 +254,10 @@ def test_both_entries_give_the_same_counts(dtype):
 def test_blur_keeps_the_light():
     image = torch.zeros(1, 15, 15)
     image[0, 7, 7] = 1
-    blurred = simulate._blur(image, 1.2, "zeros")[0]
+    blurred = stepping.blur(image, [1.2], "zeros")[0]
     x = torch.arange(15) - 7.0
     assert abs(blurred.sum() - 1) < 1e-5 and abs((blurred.sum(0) * x**2).sum() - 1.44) < 0.05
-    assert torch.allclose(simulate._blur(torch.ones(1, 5, 5), 2.0, "border"), torch.ones(1, 5, 5))
+    assert torch.allclose(stepping.blur(torch.ones(1, 5, 5), [2.0], "border"), torch.ones(1, 5, 5))
 
 
 def test_times_may_begin_anywhere():

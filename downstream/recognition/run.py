@@ -27,9 +27,10 @@ from downstream.recognition.task import (
 )
 from gep import config, export
 from gep.checkpoint import prepare_run_dir
+from gep.data.build import batches_of, build, roots, take_over
+from gep.data.config import DataConfig
 from gep.data.fewshot import draw_shots
-from gep.data.paired import DataConfig, Recordings, build, collate, take_over
-from gep.data.sampler import Batches
+from gep.data.paired import Recordings, collate
 from gep.engine import fit, make_accelerator
 from gep.evaluate import collect
 from gep.hub import GEPModel
@@ -93,7 +94,7 @@ def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelera
     run_dir = prepare_run_dir(
         Path(cfg.run) / cfg.mode,
         cfg,
-        may_differ=("run", "data.root", "model"),
+        may_differ=("run", "model", *roots(cfg.data)),
         inputs={"model": f"{cfg.model}/{export.WEIGHTS}"},
     )
     if cfg.mode == "scratch":
@@ -149,7 +150,7 @@ def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelera
 
     metrics = fit(
         task,
-        Batches.of_run(train_set, collate, cfg.train),
+        batches_of(train_set, collate, cfg.train, data),
         train=cfg.train,
         optim=cfg.optim,
         accelerator=accelerator,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from downstream.common import Feature, window_features
 from downstream.heads import fit_linear_probe
 from downstream.metrics import mean_std, top_k_accuracy
+from gep.data.config import DataConfig
 from gep.data.fewshot import draw_shots
-from gep.data.paired import DataConfig
 from gep.engine import TrainConfig
 from gep.hub import GEPModel
 from gep.models.config import TeacherConfig

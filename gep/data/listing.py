@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,11 @@ class Listing:
         height, width = self.sensor or (None, None)
         return opened(self.files[index], height=height, width=width)
 
+    @property
+    def shard(self) -> np.ndarray | None:
+        """int64 (N,): the shard that each sample lies in; None where every sample is a file."""
+        return _shard(self.recording)
+
     def subset(self, indices: Sequence[int] | np.ndarray, split: str) -> Listing:
         """The samples at `indices`, in that order, under the name `split`."""
         indices = np.asarray(indices, dtype=np.int64)
@@ -116,8 +122,11 @@ class Listing:
         A sample's side depends on its own name alone, so that files added later move none of the others; and two
         samples of one recording, which look alike, never land on both sides.
         """
-        names = self.keys if self.spans is None or not self.files else [str(file.parent.name) + "/" + file.name
-                                                                        for file in self.files]  # fmt: skip
+        names = list(self.keys)
+        if self.spans is not None and self.files:
+            # Below the folder that holds them all: the same names on every machine.
+            base = os.path.commonpath([file.parent for file in set(self.files)])
+            names = [os.path.relpath(file, base).replace(os.sep, "/") for file in self.files]
         draws = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names])
         held = draws < fraction
         return (
@@ -134,6 +143,13 @@ class Listing:
             f"{self.name} {self.split}: {len(self)} {kind}, {len(self.classes)} classes, {', '.join(extras)}{notes}, "
             f"list {self.hash}"
         )
+
+
+def _shard(recording: Any) -> np.ndarray | None:
+    if isinstance(recording, Remapped):
+        inner = _shard(recording.whole)
+        return None if inner is None else inner[recording.indices]
+    return getattr(recording, "shard", None)
 
 
 @dataclass(frozen=True)

@@ -1,106 +1,37 @@
-"""Recordings cut into windows and put on the model's canvas, with the image and the label that belong to them."""
+"""Recordings cut into windows and put on the model's canvas, with the image, label and targets that belong to them."""
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from gep.data.labelled import list_recordings
-from gep.data.listing import Listing
-from gep.data.sampler import Batch, Sample
+from gep.data.cache import cached_source
+from gep.data.config import DataConfig
+from gep.data.images import collate_stills
+from gep.data.listing import ImageSource, Listing
+from gep.data.sampler import Batch, LaneOf, Order, Sample
+from gep.data.shard_order import ShardOrder
 from gep.events import augment
-from gep.events.augment import AugmentConfig
-from gep.events.io import read_events
-from gep.events.slicing import Windows, cut_windows
+from gep.events.frames import Grouped
+from gep.events.io import EventSource
+from gep.events.slicing import Windows, by_bounds, cut_windows, into_windows
+from gep.events.stills import StillBatch
 from gep.events.types import EventBatch, Events
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which recordings, and what of each becomes a sample."""
-
-    name: Literal["nmnist", "ncaltech101", "nimagenet"] = "nmnist"
-    """data set; decides the layout that is looked for below the root"""
-    root: str = ""
-    """folder that holds the data set in its published layout"""
-    train_split: str = "train"
-    """split to learn from"""
-    eval_split: str = ""
-    """split to evaluate on; empty = the part of the training split that `holdout` keeps apart"""
-    holdout: float = 0.1
-    """share of the training split kept apart for evaluation where there is no eval_split"""
-    height: int = 36
-    """rows of the model's input [px]"""
-    width: int = 36
-    """columns of the model's input [px]"""
-    fit: Literal["pad", "resize"] = "pad"
-    """how a sensor's view becomes the model's input: centred with a margin, or scaled"""
-    windows: int = 6
-    """windows that a recording is cut into"""
-    window_us: int = 50_000
-    """length of a window [µs], counted from the first event; 0 = equal parts of the recording"""
-    num_events: int = 0
-    """cut this many consecutive events out first (random place in training, the middle in evaluation); 0 = all"""
-    pick: int = 0
-    """windows a training sample keeps, drawn at random and in order; 0 = all of them"""
-    jitter_us: int = 0
-    """in training the first window begins up to this much earlier or later [µs]"""
-    cache: bool = False
-    """keep decoded recordings in memory (small sets)"""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """changes drawn once a training sample for events and image alike"""
-
-    def __post_init__(self) -> None:
-        if self.windows < 1:
-            raise ValueError(f"data.windows={self.windows} must be at least 1")
-        if not 0 <= self.pick <= self.windows:
-            raise ValueError(f"data.pick={self.pick} is not in 0..data.windows={self.windows}")
-        if not self.eval_split and not 0 < self.holdout < 1:
-            raise ValueError(f"data.holdout={self.holdout} is not in (0, 1); or name data.eval_split")
-        for name in ("window_us", "num_events", "jitter_us"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name}={getattr(self, name)} is negative")
-        if self.num_events and self.window_us:
-            raise ValueError(
-                f"data.num_events={self.num_events} cuts by count and data.window_us={self.window_us} by time; "
-                "set one of them to 0"
-            )
-
-
-def take_over(config: DataConfig, settings: Mapping[str, Any], source: str) -> DataConfig:
-    """The config with an export's input settings; warns where the config asked for something else.
-
-    Args:
-        config: the user's.
-        settings: `GEPModel.input_settings`.
-        source: the export's name, for the message.
-    """
-    default = DataConfig()
-    ignored = [
-        f"data.{name}={getattr(config, name)} ({value} there)"
-        for name, value in settings.items()
-        if getattr(config, name) not in (value, getattr(default, name))
-    ]
-    if ignored:
-        warnings.warn(f"no effect, as {source} fixes its own input: {', '.join(ignored)}", stacklevel=2)
-    return dataclasses.replace(config, **settings)
 
 
 class Recordings:
     """Samples of one listing; see DESIGN's contract for what a sample holds.
 
     Args:
-        listing: files, labels, images.
+        listing: recordings or spans of them, labels, images, targets.
         config: windows, canvas and augmentation.
         paired: whether every sample must have its image.
     Raises:
-        ValueError: paired, and the set has no images.
+        ValueError: paired, and the set has no images; or windows that no sample has the time for.
     """
 
     def __init__(self, listing: Listing, config: DataConfig, *, paired: bool):
@@ -110,50 +41,110 @@ class Recordings:
                 "put them beside the recordings (N-MNIST: train_images.npz or MNIST's train-images-idx3-ubyte; "
                 "N-ImageNet: imagenet_train/<synset>/<stem>.JPEG), or use a task that needs none"
             )
+        self.clips = Clips.of(listing, config.windows) if config.clip else None
+        kept = _with_past(listing, config) if self.clips is None else self.clips.rows[:, -1]
+        if len(kept) < len(listing):
+            listing = listing.subset(kept, listing.split)
         self.listing, self.config, self.paired = listing, config, paired
         self._cache: dict[int, Events] = {}
 
     def __len__(self) -> int:
         return len(self.listing)
 
+    def describe(self) -> str:
+        """One line for people."""
+        return self.listing.describe()
+
+    def order(self, seed: int, lane_of: LaneOf) -> Callable[[int], int]:
+        """Position -> sample: a permutation an epoch, which for shards keeps each reader to few of them."""
+        shard = self.listing.shard
+        return Order(len(self), seed) if shard is None else ShardOrder(shard, seed, lane_of)
+
     def sample(self, index: int, rng: np.random.Generator | None) -> Sample:
         """Sample `index`; `rng=None` gives all windows, unaugmented, the same each time."""
-        key = self.listing.keys[index]
-        windows = self._cut(self._events(index), rng)
-        image = self.listing.image(index) if self.paired and self.listing.image is not None else None
+        listing = self.listing
+        windows = self._whole(index, rng) if listing.spans is None else self._span(index, rng)
+        if listing.rectify is not None and self.config.rectify:
+            table = listing.rectify(index)
+            windows = Windows([rectified(window, table) for window in windows.events], windows.bounds)
         sensor = (windows.events[0].height, windows.events[0].width)
         transform = self._transform(sensor, rng)
         windows = Windows(*transform.apply_events(windows.events, windows.bounds))
         sample: Sample = {
-            "key": key,
+            "key": listing.keys[index],
             "events": windows.events,
             "t_us": windows.bounds,
-            "label": int(self.listing.labels[index]),
+            "label": int(listing.labels[index]),
         }
-        if image is not None:
-            sample["image"] = transform.apply_image(image)
+        if self.paired and listing.image is not None:
+            if self.clips is None:
+                sample["image"] = transform.apply_image(listing.image(index))
+            else:
+                sample["images"] = np.stack([transform.apply_image(image) for image in self.clips.images(index)])
+        for name, target in listing.targets.items():
+            apply = transform.apply_depth if name == "depth" else transform.apply_mask
+            sample[name] = apply(target(index))
         return sample
 
-    def _events(self, index: int) -> Events:
+    def _whole(self, index: int, rng: np.random.Generator | None) -> Windows:
+        """A sample that is a recording: windows from its first event on, or of events in its middle."""
+        config = self.config
         events = self._cache.get(index)
         if events is None:
-            height, width = self.listing.sensor or (None, None)
-            events = read_events(self.listing.files[index], height=height, width=width)
-            if self.config.cache:
+            source = self._source(index)
+            if config.num_events and not config.cache:
+                start, stop = _consecutive(len(source), config.num_events, rng)
+                events = source.by_index(start, stop)
+            else:
+                events = source.read()
+            if config.cache:
                 self._cache[index] = events
-        return events
-
-    def _cut(self, events: Events, rng: np.random.Generator | None) -> Windows:
-        config = self.config
         if config.num_events and len(events) > config.num_events:
-            spare = len(events) - config.num_events
-            start = spare // 2 if rng is None else int(rng.integers(spare + 1))
-            events = events[start : start + config.num_events]
+            start, stop = _consecutive(len(events), config.num_events, rng)
+            events = events[start:stop]
         windows = cut_windows(events, config.windows, config.window_us, _jitter(config.jitter_us, rng))
-        if rng is not None and 0 < config.pick < config.windows:
-            kept = np.sort(rng.choice(config.windows, config.pick, replace=False))
-            windows = Windows([windows.events[i] for i in kept], windows.bounds[kept])
-        return windows
+        kept = self._picked(rng)
+        return windows if kept is None else Windows([windows.events[i] for i in kept], windows.bounds[kept])
+
+    def _span(self, index: int, rng: np.random.Generator | None) -> Windows:
+        """A sample that is a span of a recording; only what the kept windows need is read."""
+        config, (t0, t1) = self.config, self.listing.spans[index].tolist()
+        at_end = self.listing.anchor == "end"
+        num, shift = config.windows, _jitter(config.jitter_us, rng)
+        if self.clips is not None:
+            bounds = self.clips.spans[self.clips.rows[index]]
+        elif config.window_us:
+            begin = t1 - num * config.window_us if at_end else t0
+            edges = begin + shift + config.window_us * np.arange(num + 1, dtype=np.int64)
+            bounds = np.stack([edges[:-1], edges[1:]], axis=1)
+        else:
+            edges = np.array([t0 + k * (t1 - t0) // num for k in range(num + 1)], np.int64)
+            bounds = np.stack([edges[:-1], edges[1:]], axis=1)
+        kept = self._picked(rng)
+        bounds = bounds if kept is None else bounds[kept]
+        events = self._cache.get(index) if rng is None or not config.jitter_us else None
+        if events is None:
+            first, last = (t0, t1) if config.num_events else (int(bounds[:, 0].min()), int(bounds[:, 1].max()))
+            events = self._source(index).by_time(first, last)
+            if config.cache and kept is None:
+                self._cache[index] = events
+        if config.num_events:
+            stop = len(events)
+            start = max(0, stop - config.num_events)
+            if not at_end:
+                start, stop = _consecutive(len(events), config.num_events, rng)
+            return into_windows(events[start:stop], num)
+        return by_bounds(events, bounds)
+
+    def _source(self, index: int) -> EventSource:
+        folder = self.config.cache_dir
+        return cached_source(self.listing, index, Path(folder)) if folder else self.listing.source(index)
+
+    def _picked(self, rng: np.random.Generator | None) -> np.ndarray | None:
+        config = self.config
+        if rng is None or not 0 < config.pick < config.windows:
+            return None
+        return np.sort(rng.choice(config.windows, config.pick, replace=False))
 
     def _transform(self, sensor: tuple[int, int], rng: np.random.Generator | None) -> augment.Transform:
         """From the sensor's view to the canvas, in training with the drawn changes."""
@@ -163,44 +154,118 @@ class Recordings:
         return augment.draw(config.augment, rng, sensor, (config.height, config.width), config.fit)
 
 
+def rectified(events: Events, table: np.ndarray) -> Events:
+    """Events at the nearest rectified pixel; those that leave the view are dropped.
+
+    Args:
+        events: raw, of a sensor (H, W).
+        table: float32 (H, W, 2), at [y, x] the rectified (x, y).
+    Raises:
+        ValueError: a table of another size than the sensor.
+    """
+    height, width = events.height, events.width
+    if table.shape != (height, width, 2):
+        raise ValueError(f"a rectify map of {table.shape} does not belong to a {height}x{width} sensor")
+    moved = table[events.y, events.x]
+    with np.errstate(invalid="ignore"):
+        x, y = np.rint(moved[:, 0]), np.rint(moved[:, 1])
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)  # false for NaN too
+    x, y = x[inside].astype(np.uint16), y[inside].astype(np.uint16)
+    return Events(events.t[inside], x, y, events.p[inside], height, width)
+
+
+@dataclass(frozen=True, eq=False)
+class Clips:
+    """Runs of T consecutive images of one recording; each sample is the last of its run."""
+
+    rows: np.ndarray
+    """(N, T) samples of the listing, in time order."""
+    spans: np.ndarray
+    """(M, 2) µs, the listing's."""
+    image: ImageSource | None
+    """The listing's."""
+
+    @classmethod
+    def of(cls, listing: Listing, windows: int) -> Clips:
+        """All runs of a listing.
+
+        Raises:
+            ValueError: the set is no video (no spans that end at images), or no recording has T images.
+        """
+        if listing.spans is None or listing.anchor != "end" or not listing.files:
+            raise ValueError(f"data.clip=true needs a video set with images of known times; {listing.name} is none")
+        rows = np.arange(windows - 1, len(listing))[:, None] - np.arange(windows)[::-1]
+        files = np.array([str(file) for file in listing.files])
+        good = (files[rows[:, :1]] == files[rows]).all(axis=1)
+        good &= (np.diff(listing.spans[rows, 1], axis=1) > 0).all(axis=1)
+        if not good.any():
+            raise ValueError(
+                f"data.windows={windows}: no recording of {listing.name} {listing.split} has so many images"
+            )
+        return cls(rows[good], listing.spans, listing.image)
+
+    def images(self, index: int) -> list[np.ndarray]:
+        """T images uint8 (3, H, W) in the sensor's view."""
+        assert self.image is not None
+        return [self.image(int(row)) for row in self.rows[index]]
+
+
+def _with_past(listing: Listing, config: DataConfig) -> np.ndarray:
+    """The samples whose windows begin within their recording; others would have empty windows."""
+    everything = np.arange(len(listing))
+    if listing.spans is None or listing.anchor != "end" or not config.window_us or not listing.files:
+        return everything
+    begin: dict[Path, int] = {}
+    for file, t0 in zip(listing.files, listing.spans[:, 0].tolist()):
+        begin[file] = min(t0, begin.get(file, t0))
+    first = np.array([begin[file] for file in listing.files], np.int64)
+    # The first window may be a little longer than the least span between two images.
+    needed = listing.spans[:, 1] - (config.windows - 1) * config.window_us
+    kept = everything[needed > first]
+    if len(kept) == 0:
+        raise ValueError(
+            f"data.windows={config.windows} of data.window_us={config.window_us} µs begin before the recording for all "
+            f"{len(listing)} samples of {listing.name} {listing.split}; take fewer or shorter windows"
+        )
+    return kept
+
+
+def _consecutive(total: int, count: int, rng: np.random.Generator | None) -> tuple[int, int]:
+    """[start, stop) of `count` of `total` events: the middle, or anywhere in training."""
+    spare = max(0, total - count)
+    start = spare // 2 if rng is None else int(rng.integers(spare + 1))
+    return start, min(total, start + count)
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples with equal T -> batch: ragged events (sample-major), `windows` T, stacked tensors, keys."""
-    bounds = np.concatenate([sample["t_us"] for sample in samples])
+    """Samples with equal T -> batch: windows (sample-major), `windows` T, stacked tensors, keys."""
     batch: Batch = {
         "key": [sample["key"] for sample in samples],
-        "events": EventBatch.from_windows([window for sample in samples for window in sample["events"]], bounds),
-        "windows": len(samples[0]["events"]),
+        "events": _collate_events(samples),
+        "windows": len(samples[0]["t_us"]),
         "t_us": torch.from_numpy(np.stack([sample["t_us"] for sample in samples])),
         "label": torch.tensor([sample["label"] for sample in samples]),
     }
-    if "image" in samples[0]:
-        batch["image"] = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
+    for name in ("image", "mask", "depth"):
+        if name in samples[0]:
+            batch[name] = torch.from_numpy(np.stack([sample[name] for sample in samples]))
     return batch
 
 
-def build(config: DataConfig, *, paired: bool) -> tuple[Recordings, Recordings]:
-    """(training, evaluation) sets of a config; disjoint by construction.
+def _collate_events(samples: Sequence[Sample]) -> EventBatch | StillBatch | Grouped:
+    origins = [sample.get("origin", 0) for sample in samples]
+    if "origin" not in samples[0]:
+        return _collate_one(samples)
+    rows = {origin: [row for row, own in enumerate(origins) if own == origin] for origin in sorted(set(origins))}
+    parts = [_collate_one([samples[row] for row in part]) for part in rows.values()]
+    return Grouped.of(parts, list(rows.values()), list(rows), windows=len(samples[0]["t_us"]))
 
-    Raises:
-        FileNotFoundError, ValueError: see `list_recordings` and `Recordings`.
-    """
-    listing = list_recordings(config.name, config.root, config.train_split)
-    if config.eval_split:
-        train, held = listing, list_recordings(config.name, config.root, config.eval_split)
-    else:
-        train, held = listing.hold_out(config.holdout)
-    if train.classes != held.classes:
-        differing = sorted(set(train.classes) ^ set(held.classes)) or ["(their order)"]
-        raise ValueError(
-            f"data: {train.split} and {held.split} do not hold the same classes, so that one label would mean two "
-            f"things: {', '.join(differing[:5])} … ({len(train.classes)} and {len(held.classes)}); complete the splits"
-        )
-    for name, part in (("training", train), ("evaluation", held)):
-        if len(part) == 0:
-            raise ValueError(
-                f"data: the {name} set is empty ({len(listing)} recordings, data.holdout={config.holdout})"
-            )
-    return Recordings(train, config, paired=paired), Recordings(held, config, paired=paired)
+
+def _collate_one(samples: Sequence[Sample]) -> EventBatch | StillBatch:
+    if "still" in samples[0]:
+        return collate_stills(samples)
+    bounds = np.concatenate([sample["t_us"] for sample in samples])
+    return EventBatch.from_windows([window for sample in samples for window in sample["events"]], bounds)
 
 
 def _jitter(limit_us: int, rng: np.random.Generator | None) -> int:

@@ -5,7 +5,10 @@ That makes resuming arithmetic, and makes the global batch of a step the same fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import atexit
+import warnings
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,9 +17,15 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from gep import distributed
+from gep.data.bad import BadSample
+from gep.events.types import EventFormatError
 
 Sample = dict[str, Any]
 Batch = dict[str, Any]
+LaneOf = Callable[[np.ndarray], np.ndarray]
+"""Positions int64 (n,) -> the lane of each: which data worker of which rank reads it."""
+_TRIES = 100
+_LANES = 8
 _STREAM = 0x6765  # keeps the samples' randomness apart from the order's, which has the same seed
 
 
@@ -61,6 +70,7 @@ class Batches:
         seed: of order and augmentation.
         rank, world_size: this process and how many there are.
         num_workers: data processes; 0 loads in the training process. Has no effect on the values.
+        max_bad: share of the samples that may be unreadable; each is named and replaced by its successor.
     Raises:
         ValueError: the batch does not divide over ranks and micro-batches, or is larger than the set.
     """
@@ -76,6 +86,7 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        max_bad: float = 0.0,
     ):
         if batch_size % (world_size * accumulate):
             raise ValueError(
@@ -87,10 +98,12 @@ class Batches:
         self.source, self.collate = source, collate
         self.batch_size, self.accumulate = batch_size, accumulate
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.num_workers = num_workers
+        self.num_workers, self.max_bad = num_workers, max_bad
 
     @classmethod
-    def of_run(cls, source: SampleSource, collate: Callable[[Sequence[Sample]], Batch], train: Any) -> Batches:
+    def of_run(
+        cls, source: SampleSource, collate: Callable[[Sequence[Sample]], Batch], train: Any, max_bad: float = 0.0
+    ) -> Batches:
         """This rank's batches by a run's `TrainConfig` (batch_size, accumulate, seed, num_workers)."""
         return cls(
             source,
@@ -101,12 +114,19 @@ class Batches:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             num_workers=train.num_workers,
+            max_bad=max_bad,
         )
 
     def __call__(self, start_step: int) -> Iterator[list[Batch]]:
         """Yields the micro-batches of steps start_step, start_step + 1, … without end."""
+        stream = self._stream(start_step)
+        # Data workers ignore SIGTERM, so an interpreter that exits with a stream still open would wait for them.
+        atexit.register(_close, weakref.ref(stream))
+        return stream
+
+    def _stream(self, start_step: int) -> Generator[list[Batch], None, None]:
         micro_batches: Iterator[Batch]
-        reader = _Reader(self.source, self.collate, self.seed)
+        reader = _Reader(self.source, self.collate, self.seed, self.max_bad)
         if self.num_workers == 0:
             micro_batches = (reader[request] for request in self._requests(start_step))
         else:
@@ -124,8 +144,20 @@ class Batches:
         while True:
             yield [next(micro_batches) for _ in range(self.accumulate)]
 
+    def lane_of(self, positions: np.ndarray) -> np.ndarray:
+        """The lane of each position, for sources whose order is split by reader (shards).
+
+        A rank has eight, taken in turn by its micro-batches: 1, 2, 4 or 8 workers each have lanes of their own, and
+        the order does not depend on how many they are. It does depend on the number of ranks.
+        """
+        micro = self.batch_size // (self.world_size * self.accumulate)
+        step, within = np.divmod(positions, self.batch_size)
+        rank, rest = np.divmod(within, micro * self.accumulate)
+        return rank * _LANES + (step * self.accumulate + rest // micro) % _LANES
+
     def _requests(self, start_step: int) -> Iterator[list[tuple[int, int]]]:
-        order = Order(len(self.source), self.seed)
+        own = getattr(self.source, "order", None)
+        order = Order(len(self.source), self.seed) if own is None else own(self.seed, self.lane_of)
         micro = self.batch_size // (self.world_size * self.accumulate)
         step = start_step
         while True:
@@ -134,6 +166,12 @@ class Batches:
                 positions = range(first + part * micro, first + (part + 1) * micro)
                 yield [(position, order(position)) for position in positions]
             step += 1
+
+
+def _close(stream: weakref.ref[Generator[list[Batch], None, None]]) -> None:
+    alive = stream()
+    if alive is not None:
+        alive.close()
 
 
 class _Requests:
@@ -147,16 +185,39 @@ class _Requests:
 
 
 class _Reader(TorchDataset):
-    def __init__(self, source: SampleSource, collate: Callable[[Sequence[Sample]], Batch], seed: int):
-        self.source, self.collate, self.seed = source, collate, seed
+    """Requests of (position, index) -> batch; an unreadable sample is named, counted and replaced."""
+
+    def __init__(
+        self, source: SampleSource, collate: Callable[[Sequence[Sample]], Batch], seed: int, max_bad: float = 0.0
+    ):
+        self.source, self.collate, self.seed, self.max_bad = source, collate, seed, max_bad
+        self._seen, self._bad = 0, set[str]()
 
     def __getitem__(self, request: Sequence[tuple[int, int]]) -> Batch:
-        return self.collate(
-            [
-                self.source.sample(index, np.random.default_rng([_STREAM, self.seed, position]))
-                for position, index in request
-            ]
-        )
+        return self.collate([self._sample(position, index) for position, index in request])
+
+    def _sample(self, position: int, index: int) -> Sample:
+        self._seen += 1
+        for later in range(_TRIES):
+            # The successor in the listing, so that any process replaces a sample by the same one.
+            chosen = (index + later) % len(self.source)
+            try:
+                return self.source.sample(chosen, np.random.default_rng([_STREAM, self.seed, position]))
+            except (BadSample, EventFormatError) as error:
+                self._count(error)
+        raise ValueError(f"{_TRIES} samples in a row cannot be read, from number {index} on; check the data set")
+
+    def _count(self, error: ValueError) -> None:
+        if str(error) in self._bad:
+            return
+        self._bad.add(str(error))
+        # The share is judged over at least a thousand samples, so that one early fault does not stop a run.
+        if len(self._bad) > self.max_bad * max(min(self._seen, len(self.source)), 1000):
+            raise ValueError(
+                f"{len(self._bad)} of {self._seen} samples cannot be read, more than "
+                f"data.max_bad_fraction={self.max_bad:g}: {error}"
+            ) from error
+        warnings.warn(f"skipped unreadable sample {len(self._bad)} of {self._seen}: {error}", stacklevel=2)
 
 
 class EvaluationBatches:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from gep.data.paired import Recordings, collate
-from gep.data.sampler import Batch, Sample
+from gep.data.mix import source_order
+from gep.data.paired import collate
+from gep.data.sampler import Batch, LaneOf, Sample, SampleSource
 
 EVENT, IMAGE = 0, 1
 LAYOUTS = ("image_last", "image_first", "interleave", "events")
@@ -55,20 +56,27 @@ class Sequences:
     and the frames' `modality`, `source` (index among the windows or the images) and `frame_t_us`, each int64 (F,).
     """
 
-    def __init__(self, recordings: Recordings, config: SequenceConfig):
+    def __init__(self, recordings: SampleSource, config: SequenceConfig):
         self.recordings, self.config = recordings, config
 
     def __len__(self) -> int:
         return len(self.recordings)
 
+    def order(self, seed: int, lane_of: LaneOf) -> Callable[[int], int]:
+        """The order of the recordings."""
+        return source_order(self.recordings, seed, lane_of)
+
     def sample(self, index: int, rng: np.random.Generator | None) -> Sample:
         sample = self.recordings.sample(index, rng)
         odds = np.array(self.config.odds)
         choice = int(odds.argmax()) if rng is None else int(rng.choice(len(odds), p=odds / odds.sum()))
-        # A still was on show for the whole recording: one image, paired with every window.
-        images = {"images": sample.pop("image")[None]} if "image" in sample else {}
-        pair = np.zeros(len(sample["events"]), dtype=np.int64)
-        image_t_us = sample["t_us"][-1:, 1]
+        windows = len(sample["t_us"])
+        if "images" in sample:  # a video clip: each window ends at its own image
+            images, pair, image_t_us = {"images": sample["images"]}, np.arange(windows), sample["t_us"][:, 1]
+        else:
+            # A still was on show for the whole recording: one image, paired with every window.
+            images = {"images": sample.pop("image")[None]} if "image" in sample else {}
+            pair, image_t_us = np.zeros(windows, dtype=np.int64), sample["t_us"][-1:, 1]
         frames = lay_out(LAYOUTS[choice], sample["t_us"], pair, image_t_us)
         return {**sample, **images, "pair": pair, **frames}
 
@@ -112,6 +120,9 @@ def collate_sequences(samples: Sequence[Sample]) -> Batch:
     batch["valid"] = torch.arange(length)[None] < lengths[:, None]
     batch["padded"] = bool((lengths < length).any())
     if "images" in samples[0]:
-        batch["images"] = torch.from_numpy(np.stack([sample["images"] for sample in samples]))
+        count = max(len(sample["images"]) for sample in samples)
+        # Stills among video clips: the one image is repeated, and never looked at.
+        rows = [sample["images"][np.minimum(np.arange(count), len(sample["images"]) - 1)] for sample in samples]
+        batch["images"] = torch.from_numpy(np.stack(rows))
     batch["pair"] = torch.from_numpy(np.stack([sample["pair"] for sample in samples]))
     return batch

@@ -17,9 +17,10 @@ from torch import Tensor
 from downstream.common import WindowFeatures, extract, pixel_features
 from downstream.metrics import mean_std, top_k_accuracy
 from downstream.recognition.task import FinetuneTask, ProbeConfig, kshot, reinitialise, zero_shot
+from gep.data.config import DataConfig
 from gep.data.fewshot import draw_shots
 from gep.data.listing import Listing
-from gep.data.paired import DataConfig, Recordings, collate
+from gep.data.paired import Recordings, collate
 from gep.data.sampler import Batches
 from gep.engine import TrainConfig, fit, make_accelerator
 from gep.evaluate import collect

@@ -18,8 +18,8 @@ import stage1_align.run
 import stage2_autoregress.run
 from downstream.recognition.run import write_json
 from gep import distributed
-from gep.data.labelled import list_recordings
 from gep.data.listing import Listing
+from gep.data.registry import list_recordings
 from gep.data.sampler import Batches
 from gep.demo import evaluation, report
 from gep.demo.digits import Digits, training_digits

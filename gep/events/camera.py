@@ -9,9 +9,11 @@ from functools import cache
 from importlib import resources
 from typing import Literal
 
+import numpy as np
 import torch
 
 Size = tuple[int, int]
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,3 +197,76 @@ def smooth_random(
     from_centre = torch.eye(3, dtype=torch.float64)
     from_centre[0, 2], from_centre[1, 2] = image_x, image_y
     return CameraPath(t_us, (from_centre @ matrix @ to_centre).float())
+
+
+@dataclass(frozen=True, eq=False)
+class Wander:
+    """Smooth random motion without an end, of a camera held in a hand: sums of sinusoids, known at any time.
+
+    Unlike `smooth_random`, its pace does not depend on how long it is watched, so that single windows of a long
+    recording can be made by themselves.
+    """
+
+    waves: np.ndarray
+    """(4, K, 3) float64: for x [px], y [px], rotation [rad] and log magnification, K waves of amplitude, angular
+    frequency [rad/s] and phase."""
+
+    @classmethod
+    def draw(
+        cls,
+        rng: np.random.Generator,
+        *,
+        speed_px_s: Range,
+        turn_hz: Range,
+        rotation_rad_s: float = 0.0,
+        zoom_s: float = 0.0,
+        max_shift_px: float = math.inf,
+        num_waves: int = 3,
+    ) -> Wander:
+        """A random motion.
+
+        Args:
+            rng: where from.
+            speed_px_s: range of a recording's typical (root mean square) speed, log-uniform, px/s.
+            turn_hz: range of the waves' frequencies, log-uniform, Hz.
+            rotation_rad_s: largest typical rate of rotation; uniform from 0, rad/s.
+            zoom_s: largest typical rate of the log magnification; uniform from 0, 1/s.
+            max_shift_px: bound of the shift along x and y; where it binds, the camera turns more often instead.
+            num_waves: K.
+        """
+        (slow, fast), (rare, often) = speed_px_s, turn_hz
+        speed = math.exp(rng.uniform(math.log(slow), math.log(fast))) if slow > 0 else rng.uniform(slow, fast)
+        typical = np.array([speed / math.sqrt(2)] * 2 + [rotation_rad_s * rng.random(), zoom_s * rng.random()])
+        pace = 2 * math.pi * np.exp(rng.uniform(math.log(rare), math.log(often), (4, num_waves)))
+        share = 0.1 + rng.random((4, num_waves))
+        # The mean square of a sum of waves is the sum of theirs: rate = amplitude * pace / sqrt(2) each.
+        share /= np.sqrt((share**2).sum(1, keepdims=True))
+        amplitude = math.sqrt(2) * typical[:, None] * share / pace
+        excess = np.maximum(amplitude[:2].sum(1, keepdims=True) / max_shift_px, 1)
+        amplitude[:2], pace[:2] = amplitude[:2] / excess, pace[:2] * excess
+        return cls(np.stack([amplitude, pace, rng.uniform(0, 2 * math.pi, (4, num_waves))], -1))
+
+    def homography(self, t_us: np.ndarray, *, image_size: Size, sensor_size: Size) -> np.ndarray:
+        """Output pixel -> source pixel at any times, at one source pixel per output pixel but for the zoom.
+
+        Args:
+            t_us: (...) µs.
+            image_size: source (height, width).
+            sensor_size: output (height, width).
+
+        Returns:
+            (..., 3, 3) float32.
+        """
+        amplitude, pace, phase = self.waves[..., 0], self.waves[..., 1], self.waves[..., 2]
+        seconds = np.asarray(t_us, np.float64)[..., None, None] * 1e-6
+        x, y, rotation, zoom = np.moveaxis((amplitude * np.sin(pace * seconds + phase)).sum(-1), -1, 0)
+        (image_y, image_x), (sensor_y, sensor_x) = ([(side - 1) / 2 for side in s] for s in (image_size, sensor_size))
+        cos, sin = np.cos(rotation) * np.exp(-zoom), np.sin(rotation) * np.exp(-zoom)
+        matrix = np.zeros((*x.shape, 3, 3))
+        matrix[..., 0, 0], matrix[..., 0, 1] = cos, -sin
+        matrix[..., 1, 0], matrix[..., 1, 1] = sin, cos
+        # The pixel at the sensor's centre + (x, y) sees the image's centre.
+        matrix[..., 0, 2] = image_x - cos * (sensor_x + x) + sin * (sensor_y + y)
+        matrix[..., 1, 2] = image_y - sin * (sensor_x + x) - cos * (sensor_y + y)
+        matrix[..., 2, 2] = 1
+        return matrix.astype(np.float32)

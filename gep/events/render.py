@@ -1,15 +1,24 @@
-"""Events as pictures for people."""
+"""Events as pictures for people: a strip of windows, or a video."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from gep.events.represent_functions import event_image
+from gep.events.io.source import EventSource
+from gep.events.represent_functions import check_percentile, event_image
 from gep.events.slicing import into_windows
 from gep.events.types import EventBatch, Events
 
 _SMALLEST = 160  # px: a 34-pixel sensor would be a dot on a screen
+_CODECS = ("vp09", "avc1", "mp4v")  # browsers play the first two; which there are depends on OpenCV's build
+_GIF_PIXELS = 1 << 29  # Pillow keeps all frames of a GIF in memory, a byte a pixel
 
 
 def strip(events: Events, *, windows: int = 6, percentile: float = 99.0) -> Image.Image:
@@ -23,9 +32,158 @@ def strip(events: Events, *, windows: int = 6, percentile: float = 99.0) -> Imag
         RGB picture; small sensors are magnified by a whole number.
     """
     parts = into_windows(events, windows)
-    pictures = event_image(EventBatch.from_windows(parts.events, parts.bounds), percentile=percentile).numpy()
-    pixels = (255 * pictures).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    zoom = max(1, -(-_SMALLEST // max(events.height, events.width)))
-    gap = np.full((events.height * zoom, 4, 3), 255, np.uint8)
-    row = [piece for picture in pixels for piece in (picture.repeat(zoom, 0).repeat(zoom, 1), gap)]
+    pictures = _pictures(EventBatch.from_windows(parts.events, parts.bounds), percentile)
+    gap = np.full((events.height * _zoom(events), 4, 3), 255, np.uint8)
+    row = [piece for picture in pictures for piece in (_magnified(picture, _zoom(events)), gap)]
     return Image.fromarray(np.concatenate(row[:-1], axis=1))
+
+
+def video(
+    source: EventSource,
+    out: str | Path,
+    *,
+    fps: float = 30.0,
+    slowdown: float = 1.0,
+    window_us: int = 0,
+    percentile: float = 99.0,
+    t0: int | None = None,
+    t1: int | None = None,
+    progress: bool = True,
+) -> int:
+    """A recording as MP4 or GIF, read window by window, however long it is.
+
+    Frame k shows the events of the `window_us` before t0 + (k + 1) · 10⁶ / (fps · slowdown).
+
+    Args:
+        source: the open recording.
+        out: .mp4 or .gif; replaced only once the video is complete.
+        fps: frames a second; for a GIF the nearest that lasts whole hundredths of a second.
+        slowdown: seconds of video a second of recording (10 = ten times slower).
+        window_us: how long an event is seen; 0 = until the next frame.
+        percentile: of a frame's counts, that full colour stands for.
+        t0: begin in µs, as the file counts time; None = the first event.
+        t1: end in µs; None = the last event.
+        progress: whether to show a bar.
+
+    Returns:
+        Number of frames.
+
+    Raises:
+        ValueError: settings out of range, an empty recording, another suffix, or a GIF that is too large.
+        ImportError: MP4 without OpenCV.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in _WRITERS:
+        raise ValueError(f"{out}: a video is written as {' or '.join(_WRITERS)}, chosen by the suffix")
+    for name, value in (("fps", fps), ("slowdown", slowdown)):
+        if not 0 < value < 1e9:
+            raise ValueError(f"{name}={value} must be positive")
+    if window_us < 0:
+        raise ValueError(f"window_us={window_us} is negative")
+    check_percentile(percentile)
+    begin, end = source.span
+    begin, end = begin if t0 is None else t0, end if t1 is None else t1
+    if out.suffix.lower() == ".gif":
+        # A GIF counts in hundredths of a second, and players slow down anything below two of them.
+        fps = 100 / max(2, round(100 / fps))
+    step = 1e6 / (fps * slowdown)
+    count = int(np.ceil((end - begin) / step - 1e-9))
+    if count < 1:
+        raise ValueError(f"{source.path}: no events between {begin} and {end} µs to show")
+    if out.suffix.lower() == ".gif" and count * source.height * source.width * _zoom(source) ** 2 > _GIF_PIXELS:
+        raise ValueError(f"{out}: {count:,} frames are too large a GIF; choose .mp4, a lower fps, or a part (t0, t1)")
+
+    def frames() -> Iterator[np.ndarray]:
+        for number in tqdm(range(count), desc=out.name, unit="frame", disable=not progress, leave=False):
+            stop = begin + round((number + 1) * step)
+            start = stop - window_us if window_us else begin + round(number * step)
+            stop = max(stop, start + 1)  # frames closer than a µs
+            batch = EventBatch.from_windows([source.by_time(start, stop)], np.array([[start, stop]]))
+            yield _magnified(_pictures(batch, percentile)[0], _zoom(source))
+
+    # The suffix stays, as the writers choose the container by it.
+    temporary = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
+    try:
+        _WRITERS[out.suffix.lower()](temporary, frames(), fps)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _write_gif(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
+    ramp = 255 - 2 * np.arange(128)
+    ramps = {"on": (np.full(128, 255), ramp, ramp), "off": (ramp, ramp, np.full(128, 255))}
+    palette = np.concatenate([np.stack(ramps[name], axis=1) for name in ("on", "off")]).astype(np.uint8)
+
+    def indexed(frame: np.ndarray) -> Image.Image:
+        # The pictures have two inks on white: ON takes away green and blue, OFF red and green.
+        on, off = 255 - frame[..., 2], 255 - frame[..., 0]
+        picture = Image.fromarray(np.where(off > 0, 128 + off // 2, on // 2).astype(np.uint8))
+        picture.putpalette(palette.tobytes())
+        return picture
+
+    first = indexed(next(frames))
+    # A GIF counts in hundredths of a second, and players slow down anything below two of them.
+    duration = max(20, round(100 / fps) * 10)
+    first.save(
+        path,
+        save_all=True,
+        append_images=(indexed(frame) for frame in frames),
+        duration=duration,
+        loop=0,
+        optimize=False,
+    )
+
+
+def _write_mp4(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError(
+            'MP4 needs OpenCV: pip install "gep[video]" (opencv-python-headless); or write a .gif'
+        ) from error
+    writer: Any = None
+    try:
+        for frame in frames:
+            # Video codecs halve the resolution of colour, and so want even sides.
+            frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), constant_values=255)
+            if writer is None:
+                writer = _open_mp4(cv2, path, fps, (frame.shape[1], frame.shape[0]))
+            writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    finally:
+        if writer is not None:
+            writer.release()
+    if not path.exists() or path.stat().st_size == 0:
+        raise ValueError(f"{path}: OpenCV wrote no video; choose .gif")
+
+
+def _open_mp4(cv2: Any, path: Path, fps: float, size: tuple[int, int]) -> Any:
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # codecs that a build lacks are tried, not faults
+    try:
+        for codec in _CODECS:
+            writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, size)
+            if writer.isOpened():
+                return writer
+            writer.release()
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+    raise ValueError(f"{path}: this OpenCV has no encoder among {', '.join(_CODECS)}; choose .gif")
+
+
+_WRITERS: dict[str, Callable[[Path, Iterator[np.ndarray], float], None]] = {".mp4": _write_mp4, ".gif": _write_gif}
+
+
+def _pictures(batch: EventBatch, percentile: float) -> np.ndarray:
+    """uint8 (B, H, W, 3)."""
+    pictures = event_image(batch, percentile=percentile).numpy()
+    return (255 * pictures).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def _zoom(sensor: Events | EventSource) -> int:
+    return max(1, -(-_SMALLEST // max(sensor.height, sensor.width)))
+
+
+def _magnified(picture: np.ndarray, zoom: int) -> np.ndarray:
+    return picture.repeat(zoom, 0).repeat(zoom, 1)

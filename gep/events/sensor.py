@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -25,13 +26,15 @@ class SensorModel:
     response: Literal["log", "linear", "power"] = "log"
     """Level as a function of brightness I: log(I + log_offset), I, or I**gamma."""
     gamma: float = 1.0
-    """Exponent of the power response."""
+    """Exponent of the power response; with log, I is the picture's value to this power (2.2 for photographs)."""
     log_offset: float = 0.02
     """Added to brightness before the logarithm: dark current, as a fraction of full brightness."""
     invert: bool = False
     """Whether darkening gives ON events (the level changes sign), as N-MNIST's polarity bit has it."""
     threshold: float = 0.2
     """Change of level that triggers an event: natural-log units for log, else a fraction of full range."""
+    off_ratio: float = 1.0
+    """Threshold of OFF events relative to that of ON events."""
     threshold_mismatch: float = 0.03
     """Standard deviation over pixels of each threshold (ON and OFF apart), relative."""
     threshold_spread: float = 0.0
@@ -58,7 +61,7 @@ class SensorModel:
     def __post_init__(self) -> None:
         if self.response not in ("log", "linear", "power"):
             raise ValueError(f"response = {self.response!r} is not one of log, linear, power")
-        for name in ("threshold", "gamma", "log_offset"):
+        for name in ("threshold", "off_ratio", "gamma", "log_offset"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
         for name in ("threshold_mismatch", "threshold_spread", "cutoff_hz", "blur_px", "initial_spread",
@@ -99,6 +102,101 @@ NMNIST_SENSOR = SensorModel(
 )
 """N-MNIST's sensor: the screen, the optics and the pixel together. Use with `nmnist_saccades`."""
 
+NATURAL_SENSOR = SensorModel(
+    response="log",
+    gamma=2.2,
+    log_offset=0.02,
+    threshold=0.3,
+    threshold_mismatch=0.1,
+    cutoff_hz=200.0,
+    blur_px=0.7,
+    initial_spread=1.0,
+    refractory_us=500,
+    leak_rate_hz=0.05,
+    shot_noise_hz=0.1,
+)
+"""A DAVIS- or DVS-like camera that looks at what a photograph shows; blur_px is in pixels of the still."""
+
+VARIABLE = (
+    "gamma", "log_offset", "threshold", "off_ratio", "threshold_mismatch", "threshold_spread", "cutoff_hz", "blur_px",
+    "initial_spread", "refractory_us", "leak_rate_hz", "shot_noise_hz", "shot_noise_bright", "shot_noise_on",
+)  # fmt: skip
+"""What may differ between the recordings of a batch; `response`, `invert` and `max_events_per_step` may not."""
+
+
+class Pixels:
+    """The models of a chunk of recordings as one.
+
+    Args:
+        sensors: one a recording.
+        num_pixels: height * width.
+        like: a tensor of the dtype and device to compute in.
+    Raises:
+        ValueError: models that differ in more than `VARIABLE`.
+    """
+
+    def __init__(self, sensors: Sequence[SensorModel], num_pixels: int, like: torch.Tensor):
+        self.sensors, self.num_pixels, self.like = sensors, num_pixels, like
+        self.response, self.invert, self.max_events_per_step = fixed = _fixed(sensors[0])
+        if any(_fixed(sensor) != fixed for sensor in sensors):
+            raise ValueError("the sensors of one batch must agree in response, invert and max_events_per_step")
+        self._known: dict[object, float | torch.Tensor] = {}
+        self.refractory_us = self.each("refractory_us", lambda sensor: sensor.refractory_us)
+        self.noise_slope = self.each("noise_slope", lambda sensor: sensor.shot_noise_bright - 1)
+
+    def each(self, name: object, value: Callable[[SensorModel], float]) -> float | torch.Tensor:
+        """A value of each model: a number where they agree, else (n,), one a pixel; remembered by name.
+
+        It is computed as a Python number and rounded once, so that it is the same in either form.
+        """
+        if name not in self._known:
+            values = [value(sensor) for sensor in self.sensors]
+            same = values.count(values[0]) == len(values)
+            column = torch.tensor([] if same else values, dtype=self.like.dtype).to(self.like.device)
+            self._known[name] = values[0] if same else column.repeat_interleave(self.num_pixels)
+        return self._known[name]
+
+    def leak(self, duration: int) -> float | torch.Tensor:
+        """Thresholds that the stored level drifts in some µs."""
+        return self.each(("leak", duration), lambda sensor: sensor.leak_rate_hz * 1e-6 * duration)
+
+    def passed(self, duration: int) -> float | torch.Tensor:
+        """Share of a change of level that has passed the low-pass after some µs."""
+
+        def share(sensor: SensorModel) -> float:
+            rate = -2e-6 * math.pi * sensor.cutoff_hz
+            return 1 - math.exp(rate * duration) if sensor.cutoff_hz else 1.0
+
+        return self.each(("passed", duration), share)
+
+    def level(self, brightness: torch.Tensor) -> torch.Tensor:
+        """The level that the chunk's brightness (n,) settles to."""
+        if self.response == "log":
+            offset = self.each("log_offset", lambda sensor: sensor.log_offset)
+            level = torch.log(brightness + offset)
+            return -level if self.invert else level
+        if len({sensor.gamma for sensor in self.sensors}) == 1:
+            return self.sensors[0].level(brightness)
+        parts = zip(self.sensors, brightness.split(self.num_pixels))
+        return torch.cat([sensor.level(part) for sensor, part in parts])
+
+
+def is_on(value: float | torch.Tensor) -> bool:
+    """Whether a value of `Pixels.each` is other than 0 anywhere."""
+    return isinstance(value, torch.Tensor) or value != 0
+
+
+def light(sensors: Sequence[SensorModel], images: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, H0, W0) as the light that falls into the optics: what the log response's gamma is for."""
+    gammas = [sensor.gamma if sensor.response == "log" else 1.0 for sensor in sensors]
+    if all(gamma == 1 for gamma in gammas):
+        return images
+    return torch.stack([image**gamma for image, gamma in zip(images, gammas)])
+
+
+def _fixed(sensor: SensorModel) -> tuple[str, bool, int]:
+    return sensor.response, sensor.invert, sensor.max_events_per_step
+
 
 class Noise(NamedTuple):
     """Candidate noise events of a chunk of recordings, sorted by (step, pixel, time)."""
@@ -115,14 +213,15 @@ class Noise(NamedTuple):
     """Step s has the candidates edges[s]:edges[s + 1]."""
 
     def at(
-        self, step: int, sensor: SensorModel, brightness: torch.Tensor
+        self, step: int, sensor: Pixels, brightness: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """pixel, t and on of one step's noise events, given the chunk's (n,) brightness."""
         here = slice(self.edges[step], self.edges[step + 1])
         pixel, t, on, rank = (v[here] for v in (self.pixel, self.t, self.on, self.rank))
-        if sensor.shot_noise_bright == 1 or len(pixel) == 0:
+        slope = sensor.noise_slope
+        if len(pixel) == 0 or not is_on(slope):
             return pixel, t, on
-        exists = rank < 1 + (sensor.shot_noise_bright - 1) * brightness[pixel]
+        exists = rank < 1 + (slope[pixel] if isinstance(slope, torch.Tensor) else slope) * brightness[pixel]
         return pixel[exists], t[exists], on[exists]
 
 
@@ -139,37 +238,46 @@ class Draws(NamedTuple):
 
 
 def draw(
-    sensor: SensorModel, seeds: Sequence[int], t_us: torch.Tensor, num_pixels: int, *, like: torch.Tensor
+    sensor: SensorModel | Sequence[SensorModel],
+    seeds: Sequence[int],
+    t_us: torch.Tensor,
+    num_pixels: int,
+    *,
+    like: torch.Tensor,
 ) -> Draws:
     """Draws what is random about some recordings; each depends on its own seed alone, on any device.
 
     Args:
-        sensor: what to draw for.
+        sensor: what to draw for, one for all or one a recording.
         seeds: one a recording.
         t_us: (S,) int64 µs, the path's times.
         num_pixels: height * width.
         like: a tensor of the dtype and device to give.
     """
     num, t_us = len(seeds), t_us.cpu() - int(t_us[0])
+    sensors = [sensor] * num if isinstance(sensor, SensorModel) else sensor
     scale, start = torch.ones(num, 2, num_pixels), torch.zeros(num, num_pixels)
     candidates = [torch.zeros(4, 0, dtype=torch.float64)]
     generator = torch.Generator()
-    for index, seed in enumerate(seeds):
+    for index, (seed, own) in enumerate(zip(seeds, sensors, strict=True)):
         generator.manual_seed(seed)
-        if sensor.threshold_spread or sensor.threshold_mismatch:
+        if own.threshold_spread or own.threshold_mismatch:
             normal = torch.randn(2 * num_pixels + 1, generator=generator)
-            mismatch = 1 + sensor.threshold_mismatch * normal[1:].view(2, -1)
-            scale[index] = (1 + sensor.threshold_spread * normal[0]) * mismatch
-        if sensor.initial_spread:
-            start[index] = sensor.initial_spread * (2 * torch.rand(num_pixels, generator=generator) - 1)
-        if sensor.shot_noise_hz:
-            mean = sensor.shot_noise_hz * num_pixels * float(t_us[-1]) * 1e-6
+            mismatch = 1 + own.threshold_mismatch * normal[1:].view(2, -1)
+            scale[index] = (1 + own.threshold_spread * normal[0]) * mismatch
+        # Below a tenth of the nominal threshold a drawn pixel would do nothing but fire.
+        scale[index].clamp_(min=0.1).mul_(own.threshold)
+        scale[index, 1] *= own.off_ratio
+        if own.initial_spread:
+            start[index] = own.initial_spread * (2 * torch.rand(num_pixels, generator=generator) - 1)
+        if own.shot_noise_hz:
+            mean = own.shot_noise_hz * num_pixels * float(t_us[-1]) * 1e-6
             count = torch.poisson(torch.tensor(mean, dtype=torch.float64), generator=generator)
             uniform = torch.rand(4, int(count), generator=generator, dtype=torch.float64)
             uniform[0] = (uniform[0] * num_pixels).floor() + index * num_pixels
+            uniform[2] = (uniform[2] < own.shot_noise_on).double()
             candidates.append(uniform)
-    # Below a tenth of the nominal threshold a drawn pixel would do nothing but fire.
-    on, off = (sensor.threshold * scale.clamp_min(0.1)).to(like).unbind(1)
+    on, off = scale.to(like).unbind(1)
     start = start.to(like)
     start = start * torch.where(start > 0, on, off)
 
@@ -181,7 +289,7 @@ def draw(
     noise = Noise(
         pixel=pixel[order].long().to(like.device),
         t=(time[order] - t_us[step]).to(like),
-        on=(polarity[order] < sensor.shot_noise_on).to(like.device),
+        on=polarity[order].bool().to(like.device),
         rank=rank[order].to(like),
         edges=torch.searchsorted(step, torch.arange(len(t_us))).tolist(),
     )

@@ -6,11 +6,26 @@ import functools
 import os
 from pathlib import Path
 
+from gep.events.io import aedat as _aedat
+from gep.events.io import aedat4 as _aedat4
+from gep.events.io import arrow as _arrow
 from gep.events.io import bin as _bin
+from gep.events.io import dat as _dat
+from gep.events.io import ddd17 as _ddd17
+from gep.events.io import es as _es
+from gep.events.io import evt as _evt
+from gep.events.io import hdf5 as _hdf5
 from gep.events.io import npy as _npy
 from gep.events.io import npz as _npz
+from gep.events.io import text as _text
+from gep.events.io.arrow import write_arrow as write_arrow
 from gep.events.io.bin import read_bin as read_bin
 from gep.events.io.bin import write_bin as write_bin
+from gep.events.io.convert import write_events as write_events
+from gep.events.io.dat import write_dat as write_dat
+from gep.events.io.evt2 import write_evt2 as write_evt2
+from gep.events.io.evt3 import write_evt3 as write_evt3
+from gep.events.io.hdf5 import open_hdf5 as open_hdf5
 from gep.events.io.npy import read_npy as read_npy
 from gep.events.io.npz import read_npz as read_npz
 from gep.events.io.source import EventSource as EventSource
@@ -18,9 +33,18 @@ from gep.events.io.source import Format as Format
 from gep.events.types import EventFormatError, Events
 
 FORMATS: tuple[Format, ...] = (
+    *_arrow.FORMATS,
+    *_hdf5.FORMATS,
     *_npz.FORMATS,
     *_npy.FORMATS,
+    *_aedat4.FORMATS,
+    *_aedat.FORMATS,
+    *_es.FORMATS,
+    *_ddd17.FORMATS,
+    *_evt.FORMATS,
+    *_dat.FORMATS,
     *_bin.FORMATS,
+    *_text.FORMATS,
 )
 """Every format, in the order in which content is looked at; a new one is a module with `FORMATS` and a line here."""
 

@@ -1,0 +1,130 @@
+"""From a data config to the sets that a run trains and evaluates on."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gep.data.config import DataConfig
+from gep.data.image_stream import StillStream, StreamBatches
+from gep.data.images import StillImages
+from gep.data.listing import Listing
+from gep.data.mix import Mixed
+from gep.data.paired import Recordings
+from gep.data.registry import list_recordings
+from gep.data.sampler import Batch, Batches, Sample, SampleSource
+from gep.events.frames import PerSource
+from gep.events.represent import Representation
+
+_FRAME = ("height", "width", "fit")  # what a frame is; the rest of an input's settings says which frames there are
+
+
+def take_over(config: DataConfig, settings: Mapping[str, Any], source: str, *, longer: bool = False) -> DataConfig:
+    """The config with an export's input settings; warns where the config asked for something else.
+
+    Args:
+        config: the user's.
+        settings: `GEPModel.input_settings`.
+        source: the export's name, for the message.
+        longer: whether the number and length of windows are the config's where it sets them (stage 2 may read longer
+            sequences of the same frames).
+    """
+    default = DataConfig()
+    if config.mix or longer:
+        free = [name for name in settings if name not in _FRAME and getattr(config, name) != getattr(default, name)]
+        free += [name for name in ("fit", "window_us", "num_events") if config.mix]
+        settings = {name: value for name, value in settings.items() if name not in free}
+    ignored = [
+        f"data.{name}={getattr(config, name)} ({value} there)"
+        for name, value in settings.items()
+        if getattr(config, name) not in (value, getattr(default, name))
+    ]
+    if ignored:
+        warnings.warn(f"no effect, as {source} fixes its own input: {', '.join(ignored)}", stacklevel=2)
+    return dataclasses.replace(config, **settings)
+
+
+def build(
+    config: DataConfig, *, paired: bool
+) -> tuple[Recordings | StillImages | StillStream | Mixed, Recordings | StillImages]:
+    """(training, evaluation) sets of a config; disjoint by construction. A mix is evaluated on its first source.
+
+    Raises:
+        FileNotFoundError, ValueError: see `list_recordings`, `Recordings` and `StillImages`.
+    """
+    found = {}
+    for name, source in config.sources().items():
+        try:
+            found[name] = _build_one(source, paired=paired)
+        except (ValueError, OSError) as error:
+            if not config.mix:
+                raise
+            raise type(error)(f"data.mix.{name}: {error}") from error
+    held = next(iter(found.values()))[1]
+    if not config.mix:
+        return next(iter(found.values()))
+    streams = [name for name, (train, _) in found.items() if isinstance(train, StillStream)]
+    if streams:
+        raise ValueError(
+            f"data.mix.{streams[0]}.images.streaming=true: a stream cannot be mixed, as its rows have no numbers; "
+            "read it without streaming, or pack it into shards"
+        )
+    weights = {name: entry.weight for name, entry in config.mix.items()}
+    return Mixed({name: train for name, (train, _) in found.items()}, weights), held
+
+
+def batches_of(
+    source: SampleSource | StillStream, collate: Callable[[Sequence[Sample]], Batch], train: Any, data: DataConfig
+) -> Batches | StreamBatches:
+    """What `engine.fit` iterates over, by a run's `TrainConfig`: addressed by index, or read as a stream."""
+    kind: Any = StreamBatches if isinstance(source, StillStream) else Batches
+    return kind.of_run(source, collate, train, data.max_bad_fraction)
+
+
+def represent_of(represent: Representation, data: DataConfig) -> Representation | PerSource:
+    """The representation; in a mix with statistics of their own, one a source behind one face.
+
+    Raises:
+        ValueError: a statistic that this representation does not have.
+    """
+    if not any(entry.represent for entry in data.mix.values()):
+        return represent
+    for name, entry in data.mix.items():
+        unknown = set(entry.represent) - {field.name for field in dataclasses.fields(represent)}
+        if unknown:
+            raise ValueError(f"data.mix.{name}.represent.{unknown.pop()}: {type(represent).__name__} has no such value")
+    return PerSource(tuple(dataclasses.replace(represent, **entry.represent) for entry in data.mix.values()))
+
+
+def roots(data: DataConfig) -> tuple[str, ...]:
+    """The names of the fields that say where data lie, which a resumed run may find elsewhere."""
+    return ("data.root", "data.images.path", *(f"data.mix.{n}.{f}" for n in data.mix for f in ("root", "images.path")))
+
+
+def _build_one(config: DataConfig, *, paired: bool) -> tuple[Recordings | StillImages, Recordings | StillImages]:
+    if config.name == "images":
+        return StillImages.split(config)
+    listing = list_recordings(config.name, config.root, config.train_split, config)
+    if config.eval_split:
+        train, held = listing, list_recordings(config.name, config.root, config.eval_split, config)
+    else:
+        train, held = listing.hold_out(config.holdout)
+    check_classes(train, held)
+    for name, part in (("training", train), ("evaluation", held)):
+        if len(part) == 0:
+            raise ValueError(
+                f"data: the {name} set is empty ({len(listing)} recordings, data.holdout={config.holdout})"
+            )
+    return Recordings(train, config, paired=paired), Recordings(held, config, paired=paired)
+
+
+def check_classes(train: Listing, held: Listing) -> None:
+    """Raises ValueError where the two do not hold the same classes in the same order."""
+    if train.classes != held.classes:
+        differing = sorted(set(train.classes) ^ set(held.classes)) or ["(their order)"]
+        raise ValueError(
+            f"data: {train.split} and {held.split} do not hold the same classes, so that one label would mean two "
+            f"things: {', '.join(differing[:5])} … ({len(train.classes)} and {len(held.classes)}); complete the splits"
+        )

@@ -1,0 +1,35 @@
+"""Decoded recordings kept on disk: what a slow format costs is paid once, not every epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from gep.data.listing import Listing
+from gep.events.io import EventSource, opened, write_events
+from gep.events.io.source import InMemory
+
+
+def cached_source(listing: Listing, index: int, folder: Path) -> EventSource:
+    """The recording of a sample, from the cache where it is there, else put there first.
+
+    An entry is named by the file's path, size and time of change and by the sensor size, so that a changed file is
+    read anew. Entries are complete or not there at all; several processes may fill one cache.
+
+    Args:
+        listing, index: the sample.
+        folder: the cache; made where missing. It grows to about the size of the recordings, 5–9 bytes an event.
+    """
+    if listing.recording is not None:  # shards are a cache by themselves
+        return listing.source(index)
+    file, (height, width) = listing.files[index], listing.sensor or (None, None)
+    state = file.stat()
+    name = f"{file.resolve()}|{state.st_size}|{state.st_mtime_ns}|{height}x{width}"
+    entry = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.arrow"
+    if not entry.exists():
+        source = listing.source(index)
+        if not isinstance(source, InMemory):  # read in parts as it lies
+            return source
+        folder.mkdir(parents=True, exist_ok=True)
+        write_events(entry, source.read())
+    return opened(entry)

@@ -1,0 +1,303 @@
+"""HDF5 recordings in the DSEC, M3ED, MVSEC and v2e layouts, sliced by index and time without reading the rest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from gep.events.io.columns import microseconds, to_events
+from gep.events.io.hdf5_file import DAMAGE, open_file, write_hdf5
+from gep.events.io.hdf5_layouts import find_layout, sensor_size
+from gep.events.io.source import EventSource, Format, damaged
+from gep.events.types import EventFormatError, Events
+
+_MAGIC = b"\x89HDF\r\n\x1a\n"
+_STEP = 1 << 16  # events between two probes of an uncompressed dataset
+
+
+class Hdf5Source(EventSource):
+    """An HDF5 recording; the handle is opened when first used in a process and does not travel with a pickle."""
+
+    def __init__(self, path: Path, *, height: int | None, width: int | None, recover: bool, camera: str):
+        self.path, self.camera, self._recover = path, camera, recover
+        self._file, self._process, self._data, self._probes = None, 0, {}, {}
+        file = self._open()
+        with self._guarded(lambda: (0, "the file's structure")):
+            self._layout = find_layout(file, path, camera)
+            size = sensor_size(file, self._layout)
+            offset = self._layout.offset
+            self._offset = int(file[offset][()]) if offset and offset in file else 0
+            self._len = len(file[self._layout.datasets[0]])
+            self._table = self._layout.columns["t"][1] is not None
+        self.height, self.width = (height, width) if height is not None else size
+        Events.empty(self.height, self.width).validate(str(path))
+        if recover:
+            self._keep_sound()
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": None, "_process": 0, "_data": {}}
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return self._time_at(0), self._time_at(self._len - 1) + 1
+
+    def by_index(self, start: int, stop: int) -> Events:
+        start, stop, _ = slice(start, stop).indices(self._len)
+        if stop <= start:
+            return Events.empty(self.height, self.width)
+        return self._events(start, self._raw(start, stop, "txyp"))
+
+    def by_time(self, t0: int, t1: int) -> Events:
+        if t1 <= t0:
+            return Events.empty(self.height, self.width)
+        begin, raw, t = self._around(t0, t1)
+        backwards = t[1:] < t[:-1]
+        if backwards.any():  # a search would find anything
+            at = begin + int(np.argmax(backwards)) + 1
+            byte = self._byte(self._layout.datasets[0], at)
+            raise EventFormatError(f"{self.path}: byte {byte}: event {at}: the time steps back")
+        low, high = (int(index) for index in np.searchsorted(t, [t0, t1]))
+        if high == low:
+            return Events.empty(self.height, self.width)
+        columns = {name: column[low:high] for name, column in raw.items()} | {"t": t[low:high]}
+        if not self._table:
+            columns |= self._raw(begin + low, begin + high, "xyp")
+        return self._events(begin + low, columns, unit="us", offset=0)
+
+    def close(self) -> None:
+        if self._file is not None and self._process == os.getpid():
+            self._file.close()
+        self._file, self._data = None, {}
+
+    def _open(self) -> object:
+        if self._file is None or self._process != os.getpid():
+            self._file, self._process, self._data = open_file(self.path, self._recover), os.getpid(), {}
+        return self._file
+
+    def _dataset(self, name: str) -> object | None:
+        """A dataset, looked up once a handle; None where there is none of that name."""
+        file = self._open()
+        if name not in self._data:
+            self._data[name] = file[name] if name in file else None
+        return self._data[name]
+
+    @contextmanager
+    def _guarded(self, where: Callable[[], tuple[int, str]]) -> Iterator[None]:
+        try:
+            yield
+        except (EventFormatError, ImportError):
+            raise
+        except DAMAGE as error:
+            byte, what = where()
+            cause = str(error).partition("\n")[0].strip("'\"") or type(error).__name__
+            raise EventFormatError(f"{self.path}: byte {byte}: {what} cannot be read: {cause}") from error
+
+    def _raw(self, start: int, stop: int, names: str) -> dict[str, np.ndarray]:
+        """Columns as stored; of a table all four, they lie side by side."""
+        raw = {}
+        for dataset in self._layout.datasets:
+            mine = [n for n in "txyp" if self._layout.columns[n][0] == dataset and (self._table or n in names)]
+            if not mine:
+                continue
+            with self._guarded(lambda name=dataset: self._first_bad(name, start, stop)):
+                values = self._dataset(dataset)[start:stop]
+            raw |= {n: values[:, self._layout.columns[n][1]] if self._table else values for n in mine}
+        return raw
+
+    def _events(
+        self, start: int, raw: dict[str, np.ndarray], unit: str | None = None, offset: int | None = None
+    ) -> Events:
+        return to_events(
+            self.path,
+            raw,
+            height=self.height,
+            width=self.width,
+            unit=unit or self._layout.unit,
+            offset=self._offset if offset is None else offset,
+            first=start,
+            byte_of=lambda index: self._byte(self._layout.datasets[0], index),
+        )
+
+    def _times(self, raw: np.ndarray) -> np.ndarray:
+        t, good = microseconds(raw, self._layout.unit)
+        if good is not None:
+            raise EventFormatError(
+                f"{self.path}: byte {self._byte(self._layout.datasets[0], 0)}: times that do not fit int64 µs"
+            )
+        return np.add(t, self._offset, out=t) if self._offset else t
+
+    def _time_at(self, index: int) -> int:
+        if index not in self._probes:
+            self._probes[index] = int(self._times(self._raw(index, index + 1, "t")["t"])[0])
+        return self._probes[index]
+
+    def _around(self, t0: int, t1: int) -> tuple[int, dict[str, np.ndarray], np.ndarray]:
+        """(first index, raw columns, µs) of a piece that holds all events of [t0, t1)."""
+        guess = self._by_index_map(t0, t1)
+        if guess is not None:
+            # One event more on either side: only they show that the map says the truth.
+            begin, end = max(guess[0] - 1, 0), min(guess[1] + 1, self._len)
+            raw = self._raw(begin, end, "t")
+            t = self._times(raw["t"])
+            if len(t) and (begin == 0 or t[0] < t0) and (end == self._len or t[-1] >= t1):
+                return begin, raw, t
+        step = (self._dataset(self._layout.datasets[0]).chunks or (_STEP,))[0]
+        begin = self._bisect(t0, step, (self._len - 1) // step + 1)
+        end = self._bisect(t1, step, (self._len - 1) // step + 1)
+        begin, end = max(begin - 1, 0) * step, min(end * step, self._len)
+        raw = self._raw(begin, end, "t")
+        return begin, raw, self._times(raw["t"])
+
+    def _bisect(self, t: int, step: int, count: int) -> int:
+        """Number of the first piece of `step` events that begins at or after t."""
+        low, high = 0, count
+        while low < high:
+            middle = (low + high) // 2
+            if self._time_at(middle * step) < t:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _by_index_map(self, t0: int, t1: int) -> tuple[int, int] | None:
+        name = self._layout.index
+        data = self._dataset(name) if name else None
+        if data is None:
+            return None
+        if "map" not in self._probes:
+            with self._guarded(lambda: self._first_bad(name, 0, len(data))):
+                self._probes["map"] = data[:].astype(np.int64)
+        index = self._probes["map"]
+        low, high = (t0 - self._offset) // 1000, -(-(t1 - self._offset) // 1000)
+        begin = 0 if low < 0 else index[low] if low < len(index) else self._len
+        end = 0 if high < 0 else index[high] if high < len(index) else self._len
+        # Past the map's end lies at most the last millisecond (M3ED: two).
+        begin = index[-1] if begin == self._len and len(index) else begin
+        return (int(begin), int(end)) if 0 <= begin <= end <= self._len else None
+
+    def _byte(self, name: str, element: int) -> int:
+        """Byte of the file where an element's chunk, or the element itself, lies; 0 where HDF5 does not say."""
+        try:
+            data = self._dataset(name)
+            if data.chunks:
+                at = (element // data.chunks[0] * data.chunks[0], *(0 for _ in data.shape[1:]))
+                return int(data.id.get_chunk_info_by_coord(at).byte_offset or 0)
+            return int(data.id.get_offset() or 0) + element * data.dtype.itemsize * (4 if self._table else 1)
+        except (*DAMAGE, EventFormatError):
+            return 0
+
+    def _first_bad(self, name: str, start: int, stop: int) -> tuple[int, str]:
+        """(byte, dataset and elements) of the first chunk in a range that cannot be read."""
+        data = self._dataset(name)
+        step = (data.chunks or (max(stop - start, 1),))[0]
+        for begin in range(start // step * step, stop, step):
+            try:
+                data[begin : begin + step]
+            except DAMAGE:
+                return self._byte(name, begin), f"dataset '{name}', elements {begin}..{min(begin + step, stop) - 1},"
+        return self._byte(name, start), f"dataset '{name}', elements {start}..{stop - 1},"
+
+    def _keep_sound(self) -> None:
+        total, last, fault = self._len, np.iinfo(np.int64).min, None
+        step = max((self._dataset(self._layout.datasets[0]).chunks or (_STEP,))[0], 1024)
+        start, stop = 0, min(step, total)
+        while start < total:
+            try:
+                events = self._sound(start, stop, last)
+                start, last = stop, int(events.t[-1])
+                stop = min(start + step, total)
+            except EventFormatError as error:
+                # The piece is halved until the one faulty event, or the chunk that holds it, is left.
+                fault, step = error, (stop - start) // 2
+                stop = start + step
+                if step == 0:
+                    break
+        if fault is None:
+            if self._file.driver == "fileobj":  # open_file had to pad it
+                size = self.path.stat().st_size
+                cause = "the file ends before its superblock says"
+                damaged(self.path, size, cause, recover=True, kept=total, lost="no event")
+            return
+        self._len = start
+        head, cause = str(fault).removeprefix(f"{self.path}: byte ").split(": ", 1)
+        if start == 0:
+            raise EventFormatError(f"{self.path}: byte {head}: {cause}; nothing before it is sound")
+        damaged(self.path, int(head), cause, recover=True, kept=start, lost=f"{total - start:,} of {total:,} events")
+
+    def _sound(self, start: int, stop: int, last: int) -> Events:
+        with self._guarded(lambda: (self._byte(self._layout.datasets[0], start), f"elements {start}..{stop - 1}")):
+            self._check_present(start, stop)
+        events = self._events(start, self._raw(start, stop, "txyp"))
+        if events.t[0] < last:
+            byte = self._byte(self._layout.datasets[0], start)
+            raise EventFormatError(f"{self.path}: byte {byte}: event {start}: the time steps back")
+        return events
+
+    def _check_present(self, start: int, stop: int) -> None:
+        """Refuses chunks that a truncated file has lost: what stands in for them reads as zeros."""
+        size = self.path.stat().st_size
+        for name in self._layout.datasets:
+            data = self._dataset(name)
+            row = data.dtype.itemsize * (4 if self._table else 1)
+            for at in range(start, stop, data.chunks[0]) if data.chunks else (stop,):
+                if data.chunks:
+                    at = at // data.chunks[0] * data.chunks[0]
+                    with self._guarded(lambda name=name: (0, f"the chunks of dataset '{name}'")):
+                        info = data.id.get_chunk_info_by_coord((at, *(0 for _ in data.shape[1:])))
+                    begin, end = info.byte_offset, (info.byte_offset or 0) + info.size
+                else:
+                    begin = data.id.get_offset()
+                    end = (begin or 0) + at * row
+                if begin is None or end > size:
+                    raise EventFormatError(
+                        f"{self.path}: byte {min(begin or 0, size)}: dataset '{name}' is cut off before element {at}"
+                    )
+
+
+def open_hdf5(
+    path: str | Path,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    recover: bool = False,
+    camera: str = "left",
+) -> Hdf5Source:
+    """An HDF5 recording in the DSEC, M3ED, MVSEC or v2e layout, told by the names of its datasets.
+
+    Times are absolute µs: DSEC's t + t_offset, MVSEC's unix seconds rounded to µs in float64, M3ED's and v2e's t as
+    stored. Without ms_to_idx (or where it does not fit the times) a window is found by bisection.
+
+    Args:
+        path: the file.
+        height: sensor rows; None = attributes height and width of the file, M3ED's calib/resolution, else
+            480x640 (DSEC), 720x1280 (M3ED), 260x346 (MVSEC, v2e).
+        width: sensor columns; None likewise.
+        recover: give the longest prefix of sound events (whole chunks where they are compressed), and warn.
+        camera: "left" or "right" of MVSEC and M3ED; `open_events` gives the left one.
+
+    Raises:
+        ImportError: h5py or a compression filter is missing; names the extra.
+        EventFormatError: damaged file or unknown layout; names the dataset, its elements and the chunk's byte.
+    """
+    if camera not in ("left", "right"):
+        raise ValueError(f"camera is {camera!r}; the layouts know left and right")
+    return Hdf5Source(Path(path), height=height, width=width, recover=recover, camera=camera)
+
+
+FORMATS = (
+    Format(
+        "HDF5",
+        (".h5", ".hdf5"),
+        "DSEC, M3ED, MVSEC, v2e",
+        lambda head, path: head.startswith(_MAGIC),
+        open_hdf5,
+        write_hdf5,
+    ),
+)
