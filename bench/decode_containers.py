@@ -145,10 +145,10 @@ def main(argv: list[str] | None = None) -> int:
     events = Events(events.t * max(args.events // 2_000_000, 1), events.x, events.y, events.p, 480, 640)
     found = rows(events, args.repeats)
     print(f"Moving edges, {args.events:,} events in {events.duration_us / 1e6:.0f} s on 640x480.\n")
-    _print(found)
+    _print(found, REQUIRED)
     for name, recording in recordings(args.data) if args.data else ():
         print(f"{name}: {len(recording):,} events, {recording.width}x{recording.height}.\n")
-        _print(rows(recording, args.repeats))
+        _print(rows(recording, args.repeats), {})
     ratios = {row["name"]: row["ratio"] for row in found}
     missed = [name for name, least in REQUIRED.items() if ratios[name] < least]
     if missed:
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     return int(args.check and bool(missed))
 
 
-def _print(found: list[dict]) -> None:
+def _print(found: list[dict], required: dict[str, float]) -> None:
     print_table(
         ("", "bytes an event", "M events/s", "ratio to counter", "required"),
         [
@@ -165,7 +165,7 @@ def _print(found: list[dict]) -> None:
                 f"{row['bytes_per_event']:.2f}" if row["bytes_per_event"] else "",
                 f"{row['events_per_second'] / 1e6:.0f}",
                 f"{row['ratio']:.2f}",
-                str(REQUIRED.get(row["name"], "")),
+                str(required.get(row["name"], "")),
             ]
             for row in found
         ],

@@ -1,4 +1,4 @@
-"""`gep demo | info | render | convert | shard`: for people; training goes through the stages' own run.py."""
+"""`gep demo | natural | info | render | convert | shard`: for people; training goes through the stages' own run.py."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo.add_argument("--seed", type=int, default=0, help="of everything (%(default)s)")
     demo.set_defaults(run=_demo)
 
+    natural = commands.add_parser(
+        "natural", help="from image sets to recordings of real objects, no real event trained on"
+    )
+    natural.add_argument("--cifar10", type=Path, required=True, help="labelled images: parquet files or a folder")
+    natural.add_argument("--photos", type=Path, required=True, help="further pictures: a folder")
+    natural.add_argument("--objects", type=Path, required=True, help="recordings of objects, a file or folder a class")
+    natural.add_argument("--frames", type=Path, help="a recording with pictures, to be looked up by its events")
+    natural.add_argument("--out", type=Path, default=Path("runs/natural"), help="folder of the results (%(default)s)")
+    natural.add_argument("--fast", action="store_true", help="a few steps of everything; numbers mean little")
+    natural.add_argument("--seed", type=int, default=0, help="of everything (%(default)s)")
+    natural.add_argument("options", nargs="*", help="further settings of stage 1, dotted.key=value")
+    natural.set_defaults(run=_natural)
+
     info = commands.add_parser("info", help="what a recording, a data set, shards or an exported model holds")
     info.add_argument("path", type=Path, help="a recording, a data set's root, a folder of shards, or an export")
     _add_reading(info)
@@ -41,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     convert = commands.add_parser("convert", help="write a recording in another format, told by the suffix")
     convert.add_argument("source", type=Path, help="a recording")
     convert.add_argument("target", type=Path, help="the file to write, .arrow being gep's own format")
-    convert.add_argument("--compression", choices=("lz4", "zstd", "none"), help=".arrow: how it is packed")
+    convert.add_argument(
+        "--compression", choices=("lz4", "zstd", "gzip", "none"), help=".arrow and .h5: how it is packed"
+    )
     convert.add_argument("--recover", action="store_true", help="of a damaged recording, convert the sound prefix")
     _add_reading(convert)
     convert.set_defaults(run=_convert)
@@ -72,6 +87,24 @@ def _demo(arguments: argparse.Namespace) -> None:
     results = Demo(arguments.out, nmnist=arguments.nmnist, size=size, seed=arguments.seed).run()
     print(json.dumps(results["recognition"], indent=2))
     print(f"\n{arguments.out / 'results.json'}\n{arguments.out / 'report.html'}: open it in a browser")
+
+
+def _natural(arguments: argparse.Namespace) -> None:
+    from gep.demo.natural import FAST, FULL, Natural, parse_options, table
+
+    results = Natural(
+        cifar10=arguments.cifar10,
+        photos=arguments.photos,
+        objects=arguments.objects,
+        frames=arguments.frames,
+        out=arguments.out,
+        size=FAST if arguments.fast else FULL,
+        seed=arguments.seed,
+        options=parse_options(arguments.options),
+    ).run()
+    print(table(results))
+    print(json.dumps({name: results[name] for name in ("teacher", "frames") if name in results}, indent=2))
+    print(arguments.out / "results.json")
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:

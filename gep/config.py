@@ -158,6 +158,8 @@ def _parse(overrides: list[str]) -> DictConfig:
     given = OmegaConf.create({})
     for override in overrides:
         key, _, value = override.partition("=")
+        if value in ("no", "off", "yes", "on"):  # YAML 1.1 would make truth values of them, and of train.precision=no
+            override = f'{key}="{value}"'
         if not key or any(not part for part in key.split(".")):
             raise ConfigError(f"{override}: the key before = must be a dotted name (--help lists the keys)")
         try:

@@ -19,6 +19,7 @@ SCHEMAS = {
     "configs/downstream/recognition": RecognitionConfig,
     "gep/demo/stage1.yaml": Stage1Config,
     "gep/demo/stage2.yaml": Stage2Config,
+    "gep/demo/natural.yaml": Stage1Config,
 }
 FILES = sorted(path for folder in ("configs", "gep/demo") for path in (ROOT / folder).rglob("*.yaml"))
 

@@ -30,6 +30,8 @@ CLASSES = ["bird", "cat", "dog"]
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    # `datasets` waits this long for pyarrow's threads at the end of every pass over parquet files.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     datasets.disable_progress_bars()
 
 
@@ -80,7 +82,7 @@ def test_parquet_files_by_split(tmp_path: Path) -> None:
             list_images(str(path), "test", (40, 40))
     with pytest.raises(ValueError, match=r"image_column=foo: .* has the columns img, label"):
         list_images(str(tmp_path), "train", (40, 40), image_column="foo")
-    with pytest.raises(FileNotFoundError, match="no such parquet file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         list_images(str(tmp_path / "none.parquet"), "train", (40, 40))
 
 
@@ -134,7 +136,7 @@ def test_loose_pictures(tmp_path: Path) -> None:
 def test_samples_are_reproducible_and_grey_pictures_work(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(png(picture(number)[..., 0] if number == 2 else picture(number)))
-    train, held = StillImages(list_images(str(tmp_path), "train", (16, 16)), config(tmp_path)), None
+    train = StillImages(list_images(str(tmp_path), "train", (16, 16)), config(tmp_path))
     held = pickle.loads(pickle.dumps(train))
     for index in range(4):
         for seed in (None, 7):
@@ -151,7 +153,7 @@ def test_samples_are_reproducible_and_grey_pictures_work(tmp_path: Path) -> None
     assert batch["windows"] == 3 and len(batch["events"]) == 12 and batch["image"].shape == (4, 3, 16, 16)
     assert torch.equal(batch["t_us"][0], torch.tensor([[0, 10_000], [10_000, 20_000], [20_000, 30_000]]))
     counts = batch["events"].counts()
-    assert torch.equal(counts, Histogram()(batch["events"].events())) and counts.sum() > 500
+    assert torch.equal(counts, Histogram()(batch["events"].events())) and counts.sum() > 200
     alone = collate_stills(samples[2:3]).counts()
     assert torch.equal(alone, counts[6:9]) and len({s["sensor"] for s in samples}) == 4
 

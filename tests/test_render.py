@@ -71,11 +71,12 @@ def test_slow_and_partial_videos(tmp_path: Path) -> None:
     assert seen == [(-150_000, 100_000), (-50_000, 200_000), (50_000, 300_000)]  # longer than a frame: they overlap
 
 
-def test_mp4(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["", "mp4v"])
+def test_mp4(tmp_path: Path, codec: str) -> None:
     cv2 = pytest.importorskip("cv2", reason="the video extra is not installed")
     events = source().events
     odd = Events(events.t, events.x, events.y, events.p, 121, 161)  # codecs want even sides
-    assert video(InMemory(Path("made"), odd), tmp_path / "a.mp4", fps=20, progress=False) == 20
+    assert video(InMemory(Path("made"), odd), tmp_path / "a.mp4", fps=20, codec=codec, progress=False) == 20
     reader = cv2.VideoCapture(str(tmp_path / "a.mp4"))
     assert reader.get(cv2.CAP_PROP_FPS) == 20
     frames = []
@@ -106,6 +107,7 @@ def test_refusals(tmp_path: Path) -> None:
         ({"out": "a.gif", "slowdown": -1}, "slowdown=-1"),
         ({"out": "a.gif", "window_us": -1}, "window_us=-1"),
         ({"out": "a.gif", "percentile": 0}, "percentile"),
+        ({"out": "a.mp4", "codec": "divx"}, "codec='divx'.*vp09"),
         ({"out": "a.gif", "t0": 5_000_000}, "no events between"),
         ({"out": "a.gif", "fps": 50, "slowdown": 10_000}, "too large a GIF"),
     ):

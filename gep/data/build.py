@@ -54,10 +54,13 @@ def build(
     Raises:
         FileNotFoundError, ValueError: see `list_recordings`, `Recordings` and `StillImages`.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name, source in config.sources().items():
         try:
-            found[name] = _build_one(source, paired=paired)
+            if found:  # only the first source is evaluated on; of the others nothing is held back
+                found[name] = (_train_only(source, paired=paired), None)
+            else:
+                found[name] = _build_one(source, paired=paired)
         except (ValueError, OSError) as error:
             if not config.mix:
                 raise
@@ -118,6 +121,12 @@ def _build_one(config: DataConfig, *, paired: bool) -> tuple[Recordings | StillI
                 f"data: the {name} set is empty ({len(listing)} recordings, data.holdout={config.holdout})"
             )
     return Recordings(train, config, paired=paired), Recordings(held, config, paired=paired)
+
+
+def _train_only(config: DataConfig, *, paired: bool) -> Recordings | StillImages | StillStream:
+    if config.name == "images":
+        return StillImages.split(config)[0]
+    return Recordings(list_recordings(config.name, config.root, config.train_split, config), config, paired=paired)
 
 
 def check_classes(train: Listing, held: Listing) -> None:

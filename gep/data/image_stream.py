@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import queue
+import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from gep.data.bad import BadSample
 from gep.data.image_list import Pictures, Size, as_bytes, class_names, columns, load, num_rows, undecoded
 from gep.data.images import StillImages, film
 from gep.data.listing import Listing
-from gep.data.sampler import Batch, Sample, _Reader
+from gep.data.sampler import Batch, Batches, Sample, _Reader
 from gep.data.view import decode
 
 if TYPE_CHECKING:
@@ -75,6 +76,10 @@ class StillStream:
         image, label = columns(rows, images.path, images.image_column, images.label_column)
         rows = undecoded(rows.select_columns([image, label] if label else [image]), image)
         return cls(rows, image, label, config, length=num_rows(rows, images.path, split))
+
+    def __len__(self) -> int:
+        """Rows in all; without end where their number is not known."""
+        return sys.maxsize if self.length is None else self.length
 
     def describe(self) -> str:
         """One line for people."""
@@ -149,61 +154,16 @@ class Memory(Pictures):
         return as_bytes({"bytes": self.files[index]})
 
 
-class StreamBatches:
-    """`sampler.Batches` over a stream: the training process reads the rows, its workers make samples of them.
+class StreamBatches(Batches):
+    """`Batches` over a stream: the training process reads the rows, its workers make samples of them.
 
     What a step takes is a function of (seed, step, ranks), and not of the number of workers; a resumed run reads the
-    stream up to its place again, without decoding it.
-
-    Args:
-        source: the rows.
-        collate: list of samples -> batch.
-        batch_size, accumulate, seed, rank, world_size, num_workers, max_bad: as for `Batches`.
-    Raises:
-        ValueError: a batch that does not divide over ranks and micro-batches.
+    stream up to its place again, without decoding it. The arguments are those of `Batches`, with a `StillStream`.
     """
 
-    def __init__(
-        self,
-        source: StillStream,
-        *,
-        collate: Callable[[Sequence[Sample]], Batch],
-        batch_size: int,
-        accumulate: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        max_bad: float = 0.0,
-    ):
-        if batch_size % (world_size * accumulate):
-            raise ValueError(
-                f"train.batch_size={batch_size} (of all ranks together) does not divide over {world_size} ranks × "
-                f"{accumulate} micro-batches; use a multiple of {world_size * accumulate}"
-            )
-        self.source, self.collate, self.batch_size, self.accumulate = source, collate, batch_size, accumulate
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.num_workers, self.max_bad = num_workers, max_bad
+    source: StillStream  # type: ignore[assignment]
 
-    @classmethod
-    def of_run(
-        cls, source: StillStream, collate: Callable[[Sequence[Sample]], Batch], train: Any, max_bad: float = 0.0
-    ) -> StreamBatches:
-        """This rank's batches by a run's `TrainConfig` (batch_size, accumulate, seed, num_workers)."""
-        return cls(
-            source,
-            collate=collate,
-            batch_size=train.batch_size,
-            accumulate=train.accumulate,
-            seed=train.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            num_workers=train.num_workers,
-            max_bad=max_bad,
-        )
-
-    def __call__(self, start_step: int) -> Iterator[list[Batch]]:
-        """Yields the micro-batches of steps start_step, start_step + 1, … without end."""
+    def _stream(self, start_step: int) -> Generator[list[Batch], None, None]:
         reader = _RowReader(self.source, self.collate, self.seed, self.max_bad)
         requests = _ahead(self._requests(start_step), 2)
         micro_batches: Iterator[Batch]
@@ -221,10 +181,13 @@ class StreamBatches:
                     multiprocessing_context="spawn" if torch.cuda.is_available() else None,
                 )
             )
-        while True:
-            yield [next(micro_batches) for _ in range(self.accumulate)]
+        try:
+            while True:
+                yield [next(micro_batches) for _ in range(self.accumulate)]
+        finally:
+            requests.close()
 
-    def _requests(self, start_step: int) -> Iterator[list[tuple[int, Row]]]:
+    def _requests(self, start_step: int) -> Iterator[list[tuple[int, Row]]]:  # type: ignore[override]
         own = self.batch_size // self.world_size
         rows = self.source.endless(self.seed, self.rank, self.world_size, start_step * own)
         for step in itertools.count(start_step):
@@ -241,7 +204,7 @@ class _RowReader(_Reader):
     ):
         # Without the rows themselves: workers are handed theirs, and an open stream does not travel.
         bare = StillStream.__new__(StillStream)
-        bare.config = source.config
+        bare.config, bare.length = source.config, source.length
         super().__init__(bare, collate, seed, max_bad)  # type: ignore[arg-type]
 
     def __getitem__(self, request: Sequence[tuple[int, Row]]) -> Batch:  # type: ignore[override]
@@ -260,7 +223,7 @@ class _RowReader(_Reader):
         raise ValueError(f"none of the {len(request)} pictures of a micro-batch can be read; check the data set")
 
 
-def _ahead(items: Iterable[Any], size: int) -> Iterator[Any]:
+def _ahead(items: Iterable[Any], size: int) -> Generator[Any, None, None]:
     """The same items, up to `size` of them made in advance by a thread, so that reading overlaps with training."""
     made: queue.Queue[tuple[bool, Any]] = queue.Queue(size)
     stop = threading.Event()

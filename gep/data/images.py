@@ -66,6 +66,8 @@ class ImagesConfig:
     """training: largest change of the box's aspect ratio"""
     flip: float = 0.5
     """training: odds of mirroring left and right"""
+    grey: bool = False
+    """pair the events with the picture's luminance: events carry no colour"""
     target: Literal["window", "rest"] = "window"
     """the paired image: as seen at the middle of the kept windows' time, or with the camera at rest"""
     sensor: SensorModel = NATURAL_SENSOR
@@ -181,6 +183,9 @@ def film(
         number: seeds the fixed version where there is no rng.
     """
     images, canvas = config.images, (config.height, config.width)
+    if images.grey:
+        grey = np.asarray(Image.fromarray(picture).convert("L"))
+        picture = np.repeat(grey[..., None], 3, axis=2)
     draw = np.random.default_rng([_STREAM, number]) if rng is None else rng
     box, flip = _centre(picture.shape, canvas), False
     if rng is not None:

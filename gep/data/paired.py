@@ -213,6 +213,13 @@ class Clips:
 def _with_past(listing: Listing, config: DataConfig) -> np.ndarray:
     """The samples whose windows begin within their recording; others would have empty windows."""
     everything = np.arange(len(listing))
+    if listing.spans is not None and listing.anchor == "start" and len(listing):
+        shortest = int((listing.spans[:, 1] - listing.spans[:, 0]).min())
+        if config.windows * config.window_us > shortest:
+            raise ValueError(
+                f"data.windows={config.windows} of data.window_us={config.window_us} µs do not fit into samples of "
+                f"{shortest} µs of {listing.name} {listing.split}; lower one of them, or set data.window_us=0 (equal parts)"
+            )
     if listing.spans is None or listing.anchor != "end" or not config.window_us or not listing.files:
         return everything
     begin: dict[Path, int] = {}

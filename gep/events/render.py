@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def video(
     percentile: float = 99.0,
     t0: int | None = None,
     t1: int | None = None,
+    codec: str = "",
     progress: bool = True,
 ) -> int:
     """A recording as MP4 or GIF, read window by window, however long it is.
@@ -63,6 +64,8 @@ def video(
         percentile: of a frame's counts, that full colour stands for.
         t0: begin in µs, as the file counts time; None = the first event.
         t1: end in µs; None = the last event.
+        codec: of an MP4: vp09 or avc1 (browsers play them; slow to encode) or mp4v (a hundred times faster, for other
+            players); empty = the first of them that OpenCV has.
         progress: whether to show a bar.
 
     Returns:
@@ -78,6 +81,8 @@ def video(
     for name, value in (("fps", fps), ("slowdown", slowdown)):
         if not 0 < value < 1e9:
             raise ValueError(f"{name}={value} must be positive")
+    if codec and codec not in _CODECS:
+        raise ValueError(f"codec={codec!r} is not known; choose one of {', '.join(_CODECS)}")
     if window_us < 0:
         raise ValueError(f"window_us={window_us} is negative")
     check_percentile(percentile)
@@ -104,14 +109,14 @@ def video(
     # The suffix stays, as the writers choose the container by it.
     temporary = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
     try:
-        _WRITERS[out.suffix.lower()](temporary, frames(), fps)
+        _WRITERS[out.suffix.lower()](temporary, frames(), fps, (codec,) if codec else _CODECS)
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
     return count
 
 
-def _write_gif(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
+def _write_gif(path: Path, frames: Iterator[np.ndarray], fps: float, codecs: Sequence[str]) -> None:
     ramp = 255 - 2 * np.arange(128)
     ramps = {"on": (np.full(128, 255), ramp, ramp), "off": (ramp, ramp, np.full(128, 255))}
     palette = np.concatenate([np.stack(ramps[name], axis=1) for name in ("on", "off")]).astype(np.uint8)
@@ -136,7 +141,7 @@ def _write_gif(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
     )
 
 
-def _write_mp4(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
+def _write_mp4(path: Path, frames: Iterator[np.ndarray], fps: float, codecs: Sequence[str]) -> None:
     try:
         import cv2
     except ImportError as error:
@@ -149,7 +154,7 @@ def _write_mp4(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
             # Video codecs halve the resolution of colour, and so want even sides.
             frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), constant_values=255)
             if writer is None:
-                writer = _open_mp4(cv2, path, fps, (frame.shape[1], frame.shape[0]))
+                writer = _open_mp4(cv2, path, fps, (frame.shape[1], frame.shape[0]), codecs)
             writer.write(np.ascontiguousarray(frame[..., ::-1]))
     finally:
         if writer is not None:
@@ -158,21 +163,24 @@ def _write_mp4(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
         raise ValueError(f"{path}: OpenCV wrote no video; choose .gif")
 
 
-def _open_mp4(cv2: Any, path: Path, fps: float, size: tuple[int, int]) -> Any:
+def _open_mp4(cv2: Any, path: Path, fps: float, size: tuple[int, int], codecs: Sequence[str]) -> Any:
     level = cv2.utils.logging.getLogLevel()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # codecs that a build lacks are tried, not faults
     try:
-        for codec in _CODECS:
+        for codec in codecs:
             writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, size)
             if writer.isOpened():
                 return writer
             writer.release()
     finally:
         cv2.utils.logging.setLogLevel(level)
-    raise ValueError(f"{path}: this OpenCV has no encoder among {', '.join(_CODECS)}; choose .gif")
+    raise ValueError(f"{path}: this OpenCV has no encoder among {', '.join(codecs)}; choose another or .gif")
 
 
-_WRITERS: dict[str, Callable[[Path, Iterator[np.ndarray], float], None]] = {".mp4": _write_mp4, ".gif": _write_gif}
+_WRITERS: dict[str, Callable[[Path, Iterator[np.ndarray], float, Sequence[str]], None]] = {
+    ".mp4": _write_mp4,
+    ".gif": _write_gif,
+}
 
 
 def _pictures(batch: EventBatch, percentile: float) -> np.ndarray:

@@ -85,7 +85,8 @@ class Hdf5Source(EventSource):
         """A dataset, looked up once a handle; None where there is none of that name."""
         file = self._open()
         if name not in self._data:
-            self._data[name] = file[name] if name in file else None
+            found = file[name] if name in file else None
+            self._data[name] = found if hasattr(found, "shape") else None
         return self._data[name]
 
     @contextmanager
@@ -108,6 +109,7 @@ class Hdf5Source(EventSource):
                 continue
             with self._guarded(lambda name=dataset: self._first_bad(name, start, stop)):
                 values = self._dataset(dataset)[start:stop]
+            self._check_filled(dataset, start, values)
             raw |= {n: values[:, self._layout.columns[n][1]] if self._table else values for n in mine}
         return raw
 
@@ -240,10 +242,18 @@ class Hdf5Source(EventSource):
             raise EventFormatError(f"{self.path}: byte {byte}: event {start}: the time steps back")
         return events
 
-    def _check_present(self, start: int, stop: int) -> None:
+    def _check_filled(self, name: str, start: int, values: np.ndarray) -> None:
+        """Looks for chunks that begin with zeros; HDF5 reads lost ones so."""
+        stop = start + len(values)
+        step = (self._dataset(name).chunks or (max(stop, 1),))[0]
+        for at in range(start // step * step, stop, step):
+            if not np.any(values[max(at - start, 0)]):
+                self._check_present(at, min(at + step, stop), (name,))
+
+    def _check_present(self, start: int, stop: int, names: tuple[str, ...] = ()) -> None:
         """Refuses chunks that a truncated file has lost: what stands in for them reads as zeros."""
         size = self.path.stat().st_size
-        for name in self._layout.datasets:
+        for name in names or self._layout.datasets:
             data = self._dataset(name)
             row = data.dtype.itemsize * (4 if self._table else 1)
             for at in range(start, stop, data.chunks[0]) if data.chunks else (stop,):

@@ -17,6 +17,7 @@ DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError, O
 """What h5py reports damage through: whatever the C library and its own code run into."""
 COMPRESSIONS = ("lz4", "zstd", "gzip", "none")
 
+_MAX_PAD = 1 << 25  # zeros that one read may get: a damaged size can ask for any number
 _CACHE = 1 << 24  # bytes of unpacked chunks a dataset keeps: windows share chunks
 _CHUNK = 1 << 16
 _MAX_T = (1 << 32) - 1  # DSEC keeps t as uint32
@@ -82,6 +83,8 @@ class _Padded(io.RawIOBase):
         self._file.seek(self._at)
         got = self._file.readinto(view) or 0
         wanted = min(len(view), max(self._size - self._at, 0))
+        if wanted - got > _MAX_PAD:
+            raise OSError(f"{wanted:,} bytes are asked for where {got:,} are left")
         view[got:wanted] = bytes(max(wanted - got, 0))
         self._at += wanted
         return wanted

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gep.events.types import EventFormatError
 
+_BLOSC = (32001, 32026)
 _FILTERS = {32001: "Blosc", 32026: "Blosc2", 32015: "Zstandard", 32004: "LZ4", 32008: "bitshuffle", 32000: "LZF"}
 
 
@@ -103,6 +104,11 @@ def _check(file: object, path: Path, layout: Layout) -> None:
                 f"{length:,}"
             )
         _check_filters(data, path, name)
+        if not data.chunks and data.id.get_storage_size() < data.nbytes:  # partial reads would end in zeros
+            raise EventFormatError(
+                f"{path}: byte {data.id.get_offset() or 0}: dataset '{name}' has {data.id.get_storage_size():,} of "
+                f"{data.nbytes:,} bytes"
+            )
         size = path.stat().st_size
         # No filter reaches such a ratio on events; a damaged shape easily claims it.
         if data.nbytes > 20_000 * size or (data.chunks and data.dtype.itemsize * _product(data.chunks) > 1 << 28):
@@ -121,7 +127,10 @@ def _check_filters(data: object, path: Path, name: str) -> None:
 
     pipeline = data.id.get_create_plist()
     for number in range(pipeline.get_nfilters()):
-        code = pipeline.get_filter(number)[0]
+        code, _, settings, _ = pipeline.get_filter(number)
+        # The Blosc filters look at four settings at least, there or not.
+        if code in _BLOSC and len(settings) < 4:
+            raise EventFormatError(f"{path}: byte 0: the settings of {_FILTERS[code]} in dataset '{name}' are damaged")
         if not h5py.h5z.filter_avail(code):
             if code not in _FILTERS:
                 raise EventFormatError(f"{path}: byte 0: dataset '{name}' is packed by the unknown filter {code}")
