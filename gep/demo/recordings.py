@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gep.data.labelled import NMNIST_SENSOR
+from gep.data.mnist_images import NMNIST_SENSOR
 from gep.demo.digits import Digits
 from gep.demo.standin import random_affine, warp
 from gep.events.camera import nmnist_saccades

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gep.data.labelled import MNIST_OFFSET, NMNIST_SENSOR
+from gep.data.mnist_images import MNIST_OFFSET, NMNIST_SENSOR
 from gep.data.sampler import Sample
 from gep.demo.digits import Digits
 from gep.models.teacher import ImageModel

@@ -56,8 +56,8 @@ class ArrowSource(EventSource):
             self._len = final.start + final.rows
             if first.start != 0 or first.first > final.last:
                 raise self._error(first.message.begin, "the record batches are not in order")
-        if not recover:
-            self._check_end()
+        if not recover and not self._ends():
+            raise self._error(self._end(), "the footer leaves out record batches")
         if fault is not None:
             if self._len == 0:
                 raise self._error(*fault)
@@ -149,16 +149,17 @@ class ArrowSource(EventSource):
         self._after_schema = message.end
 
     def _find_batches(self, recover: bool) -> tuple[np.ndarray, tuple[int, str] | None]:
-        listed, fault = None, None
+        fault = None
         try:
-            listed = arrow_layout.batches(self._data)
+            self._begins = arrow_layout.batches(self._data)
+            if not recover or self._ends():
+                return self._begins, None
         except LayoutError as error:
             if not recover:
                 raise self._error(error.byte, f"{error}; recover=True reads what comes before") from None
             fault = (error.byte, str(error))
-        if not recover:
-            return listed, None
-        # The footer may be the damaged part, so what follows the schema is walked through.
+        # The footer is the damaged part, so what follows the schema is walked through.
+        self._known.clear()
         begins, at = [], self._after_schema
         try:
             while (message := arrow_layout.message_at(self._data, at)) is not None:
@@ -166,18 +167,19 @@ class ArrowSource(EventSource):
                 at = message.end
         except LayoutError as error:
             fault = (error.byte, str(error))
-        if fault is None and not np.array_equal(begins, listed):
+        if fault is None:
             fault = (at, "the footer does not list the record batches that are there")
         return np.array(begins, np.int64), fault
 
-    def _check_end(self) -> None:
-        at = self._batch(len(self._begins) - 1).message.end if len(self._begins) else self._after_schema
+    def _ends(self) -> bool:
+        """Whether the end mark follows the last record batch that the footer lists."""
         try:
-            complete = arrow_layout.message_at(self._data, at) is None
-        except LayoutError:
-            complete = False
-        if not complete:
-            raise self._error(at, "the footer leaves out record batches")
+            return arrow_layout.message_at(self._data, self._end()) is None
+        except (LayoutError, EventFormatError):
+            return False
+
+    def _end(self) -> int:
+        return self._batch(len(self._begins) - 1).message.end if len(self._begins) else self._after_schema
 
     def _keep_sound(self, fault: tuple[int, str] | None) -> tuple[int, str] | None:
         last, start = np.iinfo(np.int64).min, 0
