@@ -16,6 +16,7 @@ from gep.events.frames import frames as frames_of
 from gep.hub import GEPModel
 
 Feature = Literal["all", "last"]
+Pool = Literal["mean", "mean_std", "mean_max"]
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,34 @@ class WindowFeatures:
         return self.pooled("last" if self.has_past else "all", upto)
 
 
-def window_features(model: GEPModel, batch: dict[str, Any], *, use_backbone: bool = True) -> WindowFeatures:
+def pool_tokens(tokens: Tensor, pool: Pool) -> Tensor:
+    """(…, N, D) tokens -> (…, D) their mean, or (…, 2 D) with the standard deviation or maximum over N beside it.
+
+    An object that fills a few tokens of many hardly moves the mean.
+    """
+    mean = tokens.mean(dim=-2)
+    if pool == "mean":
+        return mean
+    return torch.cat([mean, tokens.std(dim=-2) if pool == "mean_std" else tokens.amax(dim=-2)], dim=-1)
+
+
+def window_features(
+    model: GEPModel, batch: dict[str, Any], *, use_backbone: bool = True, pool: Pool = "mean"
+) -> WindowFeatures:
     """Features of every window of a batch.
 
     Args:
         model: exported model; its backbone is used where it has one.
         batch: as `gep.data.paired.collate` gives it.
         use_backbone: False reads the encoder alone.
+        pool: how the tokens of a window become one feature.
     """
     frames = frames_of(model.represent, batch["events"])
     tokens, _ = model.encoder(frames)
     tokens = tokens.float().unflatten(0, (-1, batch["windows"]))
     if model.backbone is None or not use_backbone:
         mean = tokens.mean(dim=2)
-        return WindowFeatures(mean, mean, mean, has_past=False)
+        return WindowFeatures(pool_tokens(tokens, pool), mean, mean, has_past=False)
     encoder_mean = tokens.mean(dim=2)
     tokens = F.layer_norm(tokens, tokens.shape[-1:])
     output = model.backbone(
@@ -74,10 +89,10 @@ def window_features(model: GEPModel, batch: dict[str, Any], *, use_backbone: boo
         batch["t_us"][..., 1],
         model.encoder.grid(*frames.shape[-2:]),
     )
-    image = output.image.float().mean(dim=2)
+    image, hidden = output.image.float(), output.hidden.float()
     # The hidden state knows more than the image it predicts; both together probe best (docs/LOG.md).
-    hidden = output.hidden.float().mean(dim=2)
-    return WindowFeatures(torch.cat([image, hidden], dim=-1), image, encoder_mean, has_past=True)
+    window = torch.cat([pool_tokens(image, pool), pool_tokens(hidden, pool)], dim=-1)
+    return WindowFeatures(window, image.mean(dim=2), encoder_mean, has_past=True)
 
 
 def pixel_features(batch: dict[str, Any], cells: tuple[int, int], represent: Any) -> Tensor:
@@ -102,6 +117,7 @@ def extract(
     *,
     batch_size: int,
     use_backbone: bool = True,
+    pool: Pool = "mean",
     title: str | None = None,
 ) -> tuple[WindowFeatures, Tensor]:
     """Features of every recording of a set, in its order, on the CPU of every rank.
@@ -113,7 +129,7 @@ def extract(
     has_past = model.backbone is not None and use_backbone
 
     def rows(batch: dict[str, Any]) -> dict[str, Tensor]:
-        features = window_features(model, batch, use_backbone=use_backbone)
+        features = window_features(model, batch, use_backbone=use_backbone, pool=pool)
         return {
             "window": features.window,
             "image": features.image,

@@ -15,7 +15,8 @@ from gep.models.teacher import ImageModel
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["data.height=36", "data.width=36", "encoder.preset=nano", "represent.log1p=true", "represent.scale=0.5",
-          "train.steps=4", "train.batch_size=16", "train.progress=false", "train.save_every=0", "train.log_every=1"]  # fmt: skip
+          "train.steps=4", "train.batch_size=16", "train.progress=false",
+          "train.save_every=0", "train.log_every=1"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

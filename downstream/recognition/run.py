@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = config.load(RecognitionConfig, argv)
     accelerator = make_accelerator(cfg.train, cfg.run)
     model = GEPModel.from_pretrained(cfg.model).to(accelerator.device)
-    data = take_over(cfg.data, model.input_settings, cfg.model)
+    data = take_over(cfg.data, model.input_settings, cfg.model, free=tuple(model.input_settings))
+    model.input_settings.update({key: getattr(data, key) for key in model.input_settings})
     if cfg.mode in ("finetune", "scratch"):
         results = finetune(cfg, model, data, accelerator)
     else:
@@ -66,7 +67,9 @@ def probe_frozen(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, acce
 
     def features_of(source: Recordings, title: str) -> tuple[WindowFeatures, Tensor]:
         accelerator.print(f"{title} {source.listing.describe()}")
-        return extract(model, source, accelerator, batch_size=share, use_backbone=cfg.use_backbone, title=title)
+        return extract(
+            model, source, accelerator, batch_size=share, use_backbone=cfg.use_backbone, pool=cfg.pool, title=title
+        )
 
     features, labels = features_of(test_set, "test on")
     test = (features.pooled(cfg.feature), labels)
@@ -110,6 +113,7 @@ def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelera
         len(test_set.listing.classes),
         feature=cfg.feature,
         use_backbone=cfg.use_backbone,
+        pool=cfg.pool,
         label_smoothing=cfg.label_smoothing,
     )
     scratch = cfg.mode == "scratch"
@@ -120,6 +124,7 @@ def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelera
         accelerator,
         batch_size=max(1, cfg.train.batch_size // accelerator.num_processes),
         use_backbone=cfg.use_backbone,
+        pool=cfg.pool,
     )
     task.to(accelerator.device).start_from(features.pooled(cfg.feature), None if scratch else labels, cfg.probe.c)
     rates = {"encoder": 1.0 if scratch else cfg.encoder_lr}
@@ -167,7 +172,12 @@ def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelera
         export.save_folder(
             run_dir / "classifier",
             kind="classifier",
-            config={"classes": classes, "feature": cfg.feature, "use_backbone": task.backbone is not None},
+            config={
+                "classes": classes,
+                "feature": cfg.feature,
+                "pool": cfg.pool,
+                "use_backbone": task.backbone is not None,
+            },
             state=task.classifier(),
             card=f"# Linear classifier of {len(classes)} classes on the pooled features of the model in ../export\n",
         )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from downstream.common import Feature, window_features
+from downstream.common import Feature, Pool, window_features
 from downstream.heads import fit_linear_probe
 from downstream.metrics import mean_std, top_k_accuracy
 from gep.data.config import DataConfig
@@ -50,11 +50,13 @@ class RecognitionConfig:
     run: str = "runs/recognition"
     """folder of this run: config, metrics, results, checkpoints, export"""
     model: str = "runs/stage2/export"
-    """exported model (a folder or a Hub id); its representation and input size are taken over"""
+    """exported model (a folder or a Hub id); its input is taken over, but for the data.* that are set here"""
     mode: Literal["probe", "kshot", "zero_shot", "finetune", "scratch"] = "probe"
     """linear probe, k-shot probe, zero-shot, fine-tuning, or the same architecture from random weights"""
     feature: Literal["all", "last"] = "last"
     """what the classifier reads: the mean over all windows, or the last window"""
+    pool: Literal["mean", "mean_std", "mean_max"] = "mean"
+    """a window's feature: its mean token, or that with the tokens' standard deviation or maximum (small objects)"""
     use_backbone: bool = True
     """false = the encoder alone, also where the model has a backbone"""
     data: DataConfig = field(default_factory=DataConfig)
@@ -89,7 +91,7 @@ class FinetuneTask(nn.Module):
     Args:
         model: encoder, and backbone where there is one.
         num_classes: C.
-        feature, use_backbone: what the classifier reads.
+        feature, use_backbone, pool: what the classifier reads.
         label_smoothing: of the cross-entropy.
     """
 
@@ -100,6 +102,7 @@ class FinetuneTask(nn.Module):
         *,
         feature: Feature,
         use_backbone: bool = True,
+        pool: Pool = "mean",
         label_smoothing: float = 0.1,
     ):
         super().__init__()
@@ -112,8 +115,10 @@ class FinetuneTask(nn.Module):
         if self.backbone is not None:
             self.backbone.next_head.requires_grad_(False)
         self.feature: Feature = feature
+        self.pool: Pool = pool
         self.label_smoothing = label_smoothing
         dim = self.encoder.embed_dim + (self.backbone.width if self.backbone is not None else 0)
+        dim = dim if pool == "mean" else 2 * dim
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
         self.head = nn.Linear(dim, num_classes)
@@ -122,7 +127,7 @@ class FinetuneTask(nn.Module):
 
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """(B, C) of a batch."""
-        features = window_features(self, batch).pooled(self.feature)
+        features = window_features(self, batch, pool=self.pool).pooled(self.feature)
         return self.head((features - self.mean) / self.scale)
 
     @torch.no_grad()

@@ -18,24 +18,23 @@ from gep.data.sampler import Batch, Batches, Sample, SampleSource
 from gep.events.frames import PerSource
 from gep.events.represent import Representation
 
-_FRAME = ("height", "width", "fit")  # what a frame is; the rest of an input's settings says which frames there are
 
-
-def take_over(config: DataConfig, settings: Mapping[str, Any], source: str, *, longer: bool = False) -> DataConfig:
+def take_over(config: DataConfig, settings: Mapping[str, Any], source: str, *, free: Sequence[str] = ()) -> DataConfig:
     """The config with an export's input settings; warns where the config asked for something else.
 
     Args:
         config: the user's.
         settings: `GEPModel.input_settings`.
         source: the export's name, for the message.
-        longer: whether the number and length of windows are the config's where it sets them (stage 2 may read longer
-            sequences of the same frames).
+        free: settings that are the config's own where it sets them (stage 2 may read longer sequences of the same
+            frames, a probe larger frames); in a mix each source has its own anyway.
     """
     default = DataConfig()
-    if config.mix or longer:
-        free = [name for name in settings if name not in _FRAME and getattr(config, name) != getattr(default, name)]
-        free += [name for name in ("fit", "window_us", "num_events") if config.mix]
-        settings = {name: value for name, value in settings.items() if name not in free}
+    own = [name for name in free if getattr(config, name) != getattr(default, name)]
+    if "num_events" in own or "window_us" in own:
+        own += ["num_events", "window_us"]  # one of them cuts, the other is 0
+    own += [name for name in ("fit", "window_us", "num_events") if config.mix]
+    settings = {name: value for name, value in settings.items() if name not in own}
     ignored = [
         f"data.{name}={getattr(config, name)} ({value} there)"
         for name, value in settings.items()

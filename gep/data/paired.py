@@ -218,7 +218,7 @@ def _with_past(listing: Listing, config: DataConfig) -> np.ndarray:
         if config.windows * config.window_us > shortest:
             raise ValueError(
                 f"data.windows={config.windows} of data.window_us={config.window_us} µs do not fit into samples of "
-                f"{shortest} µs of {listing.name} {listing.split}; lower one of them, or set data.window_us=0 (equal parts)"
+                f"{shortest} µs of {listing.name} {listing.split}; lower one of them, or set data.window_us=0"
             )
     if listing.spans is None or listing.anchor != "end" or not config.window_us or not listing.files:
         return everything

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gep.data.mnist_images import MNIST_OFFSET
 from gep.data.listing import Listing
+from gep.data.mnist_images import MNIST_OFFSET
 
 # The wheel holds the first 500 digits of each class in MNIST's own order; the first 120 of each class cover the
 # MNIST training indices 1–1000. They are never trained on: real recordings of N-MNIST most often show these.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import downstream.recognition.run as recognition
 import stage1_align.run
-from downstream.common import extract, pixel_features
+from downstream.common import Pool, extract, pixel_features
 from downstream.metrics import mean_std
 from downstream.recognition.run import write_json
 from downstream.recognition.task import ProbeConfig, kshot
@@ -36,7 +36,10 @@ from gep.hub import GEPModel
 from gep.models.teacher import FrozenVFM
 
 SHOTS = [5, 20, 50]
-_GRIDS = ((4, 4), (8, 8), (16, 16), (36, 36))
+CANVAS = 72  # px: an object that fills a third of the view is then as large as the pictures that stage 1 saw
+WINDOWS, WINDOW_US = 2, 125_000
+POOL: Pool = "mean_std"
+_GRIDS = ((4, 4), (8, 8), (16, 16), (36, 36), (72, 72))
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Size:
     scratch_draws: int
 
 
-FULL = Size(3000, 1000, 150, 3)
+FULL = Size(3000, 800, 40, 3)
 FAST = Size(40, 20, 4, 1)
 
 
@@ -107,8 +110,9 @@ class Natural:
 
     def _data(self, model: GEPModel) -> DataConfig:
         """Windows of the length that stage 1 trained on, and which of them to learn from and to test on."""
+        frame = {"height": CANVAS, "width": CANVAS, "windows": WINDOWS, "window_us": WINDOW_US}
         return DataConfig(
-            **model.input_settings,
+            **{**model.input_settings, **frame},
             name="folder",
             root=str(self.objects),
             train_split="0-60%",
@@ -133,12 +137,15 @@ class Natural:
 
         def pixels(cells: tuple[int, int]) -> Any:
             def features(source: Recordings) -> tuple[torch.Tensor, torch.Tensor]:
+                # The whole 250 ms at once, and the logarithm after counting: the strongest of the variants tried.
+                whole = dataclasses.replace(source.config, windows=1, window_us=0)
+                area = CANVAS * CANVAS // (cells[0] * cells[1])
                 rows = collect(
                     lambda batch: {
-                        "pixels": pixel_features(batch, cells, Histogram(log1p=True)),
+                        "pixels": (area * pixel_features(batch, cells, Histogram())).log1p(),
                         "label": batch["label"],
                     },
-                    source,
+                    Recordings(source.listing, whole, paired=False),
                     collate=collate,
                     batch_size=64,
                     accelerator=accelerator,
@@ -148,7 +155,7 @@ class Natural:
             return features
 
         def encoded(source: Recordings) -> tuple[torch.Tensor, torch.Tensor]:
-            features, labels = extract(model, source, accelerator, batch_size=64)
+            features, labels = extract(model, source, accelerator, batch_size=64, pool=POOL)
             return features.pooled("all"), labels
 
         table["stage1"] = probe(encoded)
@@ -159,7 +166,8 @@ class Natural:
 
     def _scratch(self, export: Path, data: DataConfig, shots: int) -> list[float]:
         """[mean, standard deviation] of top-1 (%) over draws."""
-        names = ("name", "root", "train_split", "eval_split", "label_from", "sample_us", "cache")
+        names = ("name", "root", "train_split", "eval_split", "label_from", "sample_us", "cache",
+                 "height", "width", "windows", "window_us")  # fmt: skip
         accuracies = []
         for draw in range(self.size.scratch_draws):
             found = recognition.main(
@@ -168,6 +176,7 @@ class Natural:
                     f"model={export}",
                     "mode=scratch",
                     "feature=all",
+                    f"pool={POOL}",
                     f"shots={shots}",
                     f"draw={draw}",
                     *(f"data.{name}={getattr(data, name)}" for name in names),
@@ -189,7 +198,9 @@ class Natural:
         assert self.frames is not None
         model, vfm = GEPModel.from_pretrained(export), FrozenVFM.from_spec(f"export:{teacher}")
         listing = list_recordings("folder", self.frames, "all")
-        data = dataclasses.replace(DataConfig(), **{**model.input_settings, "window_us": 0}, name="folder")
+        # The exposures are shorter than stage 1's windows: one window each.
+        frame = {"height": CANVAS, "width": round(CANVAS * 4 / 3), "windows": 1, "window_us": 0}
+        data = dataclasses.replace(DataConfig(), **{**model.input_settings, **frame}, name="folder")
         recordings = Recordings(listing, data, paired=True)
         batch = collate([recordings.sample(index, None) for index in range(len(recordings))])
         with torch.no_grad():
