@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +16,12 @@ from gep.events.io.npy_header import num_bytes, read_head
 from gep.events.io.npz_salvage import salvage
 from gep.events.io.source import EventSource, Format, InMemory, damaged
 from gep.events.types import EventFormatError, Events
+
+try:  # extra io
+    from isal import isal_zlib
+except ImportError:
+    isal_zlib = None  # type: ignore[assignment]
+
 
 FIELDS = ("x", "y", "t", "p")
 
@@ -163,7 +171,7 @@ def _columns(path: Path, keys: tuple[str, ...], arrays: dict) -> tuple[dict[str,
 def _member(archive: zipfile.ZipFile, key: str, path: Path, most: int | None = None) -> np.ndarray:
     """One array; what its head claims is compared with what the member can hold before anything is allocated."""
     info = archive.getinfo(f"{key}.npy")
-    with archive.open(info) as file:
+    with _inflated(archive, info) or archive.open(info) as file:
         shape, fortran, dtype = read_head(file)
         size = num_bytes(shape, dtype)
         held = min(info.file_size, info.compress_size * _MAX_RATIO, path.stat().st_size * _MAX_RATIO)
@@ -173,6 +181,26 @@ def _member(archive: zipfile.ZipFile, key: str, path: Path, most: int | None = N
         if len(data) != size or file.read(1):  # the read at the end is what checks the CRC
             raise ValueError(f"'{key}' holds other than the {size:,} bytes it claims")
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _inflated(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> io.BytesIO | None:
+    """A deflated member by ISA-L, which takes half of zlib's time or less; None where it is not installed."""
+    if isal_zlib is None or info.compress_type != zipfile.ZIP_DEFLATED or info.flag_bits & 1:
+        return None
+    if info.file_size > info.compress_size * _MAX_RATIO:
+        raise ValueError(f"'{info.filename}' claims {info.file_size:,} bytes of {info.compress_size:,} packed ones")
+    file = archive.fp
+    assert file is not None
+    file.seek(info.header_offset)
+    head = file.read(30)
+    if len(head) != 30 or head[:4] != b"PK\x03\x04":
+        raise ValueError(f"'{info.filename}' has no header at byte {info.header_offset}")
+    file.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), os.SEEK_CUR)
+    inflate = isal_zlib.decompressobj(-15)
+    data = inflate.decompress(file.read(info.compress_size), info.file_size + 1)
+    if len(data) != info.file_size or not inflate.eof or isal_zlib.crc32(data) != info.CRC:
+        raise ValueError(f"bad CRC-32 or length of '{info.filename}'")
+    return io.BytesIO(data)
 
 
 def _unknown(path: Path, keys: tuple[str, ...]) -> str:
