@@ -112,10 +112,14 @@ def find_format(path: str | Path) -> Format:
 
 
 @functools.lru_cache(maxsize=8)
-def _opened(process: int, path: Path, height: int | None, width: int | None) -> EventSource:
+def _opened(process: int, state: tuple[int, int], path: Path, height: int | None, width: int | None) -> EventSource:
     return open_events(path, height=height, width=width)
 
 
 def opened(path: str | Path, *, height: int | None = None, width: int | None = None) -> EventSource:
     """`open_events`, kept open: the last few sources of this process are shared and must not be closed."""
-    return _opened(os.getpid(), Path(path), height, width)
+    path = Path(path)
+    # A file that was replaced is opened anew.
+    state = path.stat() if path.exists() else None
+    key = (state.st_size, state.st_mtime_ns) if state else (0, 0)
+    return _opened(os.getpid(), key, path, height, width)
