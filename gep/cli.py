@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     natural.add_argument("--out", type=Path, default=Path("runs/natural"), help="folder of the results (%(default)s)")
     natural.add_argument("--fast", action="store_true", help="a few steps of everything; numbers mean little")
     natural.add_argument("--seed", type=int, default=0, help="of everything (%(default)s)")
-    natural.add_argument("options", nargs="*", help="further settings of stage 1, dotted.key=value")
+    natural.epilog = "Further settings of stage 1 as dotted.key=value, anywhere on the line."
     natural.set_defaults(run=_natural)
 
     info = commands.add_parser("info", help="what a recording, a data set, shards or an exported model holds")
@@ -73,10 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     shard.add_argument("--compression", choices=("lz4", "zstd", "none"), default="lz4", help="(%(default)s)")
     shard.add_argument("--seed", type=int, default=0, help="of the order of the samples; -1 = as listed (%(default)s)")
     shard.add_argument("--skip-bad", action="store_true", help="leave unreadable recordings out, and list them")
-    shard.add_argument("options", nargs="*", help="further data options, key=value (see data.* in --help of a stage)")
+    shard.epilog = "Further data options as key=value (data.* in --help of a stage), anywhere on the line."
     shard.set_defaults(run=_shard)
 
-    arguments = parser.parse_args(argv)
+    # argparse does not take positionals on both sides of an option, so these are collected by hand.
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.options = [item for item in rest if "=" in item and not item.startswith("-")]
+    wrong = [item for item in rest if item not in arguments.options]
+    if wrong or (arguments.options and arguments.command not in ("shard", "natural")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     config.run_cli(lambda: arguments.run(arguments))
 
 
@@ -160,7 +165,8 @@ def _shard(arguments: argparse.Namespace) -> None:
         shuffle_seed=None if arguments.seed < 0 else arguments.seed,
         skip_bad=arguments.skip_bad,
     )
-    print(f"{arguments.out}: data.name=shards data.root={arguments.out}")
+    split = "" if arguments.split == "train" else f" data.train_split={arguments.split}"
+    print(f"{arguments.out}: data.name=shards data.root={arguments.out}{split}")
 
 
 if __name__ == "__main__":

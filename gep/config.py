@@ -69,6 +69,13 @@ def load(schema: type[T], argv: Sequence[str] | None = None) -> T:
     return _build(schema, plain, "")
 
 
+def given(argv: Sequence[str] | None = None) -> set[str]:
+    """Dotted names of the fields that YAML files and the command line set, whatever their values."""
+    files, overrides = _split(list(sys.argv[1:] if argv is None else argv))
+    parts = [_read_yaml(path) for path in files] + [_parse(overrides)]
+    return {name for part in parts for name, _ in _leaves(OmegaConf.to_container(part), "")}
+
+
 def dump(cfg: Any) -> str:
     """A configuration as YAML text, every field included; `load` reads it back."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))

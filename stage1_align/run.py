@@ -16,6 +16,7 @@ from gep.data.build import batches_of, build, represent_of, roots
 from gep.data.paired import collate
 from gep.engine import fit, make_accelerator
 from gep.evaluate import collect
+from gep.events.frames import PerSource
 from gep.export import WEIGHTS
 from gep.hub import GEPModel
 from stage1_align.task import Stage1Config, Stage1Task, check_fit, evaluate_alignment
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     cfg = config.load(Stage1Config, argv)
     accelerator = make_accelerator(cfg.train, cfg.run)
     train_set, eval_set = build(cfg.data, paired=True)
-    represent = cfg.represent.build()
+    represent = represent_of(cfg.represent.build(), cfg.data)
     teacher = cfg.teacher.build(encoder_preset=cfg.encoder.preset, device=accelerator.device)
     encoder = cfg.encoder.build(
         in_chans=represent.channels, size=(cfg.data.height, cfg.data.width), head_dim=teacher.pooled_dim
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         teacher.classes = teacher.class_head = None
     if teacher.has_text and eval_set.listing.classes:
         vectors = teacher.text([cfg.prompt.format(name.replace("_", " ")) for name in eval_set.listing.classes])
-    task = Stage1Task(encoder, teacher, represent_of(represent, cfg.data), cfg.loss, vectors)
+    task = Stage1Task(encoder, teacher, represent, cfg.loss, vectors)
 
     def evaluate(_: nn.Module, step: int) -> dict[str, float]:
         rows = collect(
@@ -69,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         evaluate=evaluate,
     )
     if accelerator.is_main_process:
-        model = GEPModel.from_parts(encoder, represent, next(iter(cfg.data.sources().values())), teacher=teacher)
+        # Of a mix the first source's input, on which it was evaluated.
+        first = next(iter(cfg.data.sources().values()))
+        own = represent.of(0) if isinstance(represent, PerSource) else represent
+        model = GEPModel.from_parts(encoder, own, first, teacher=teacher)
         model.save_pretrained(Path(run_dir) / "export", metrics=metrics, data={"train": train_set.describe()})
     accelerator.print({name: round(value, 4) for name, value in metrics.items()})
     return metrics

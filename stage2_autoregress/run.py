@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     cfg = config.load(Stage2Config, argv)
     accelerator = make_accelerator(cfg.train, cfg.run)
     model = GEPModel.from_pretrained(cfg.model).to(accelerator.device)
-    data = take_over(cfg.data, model.input_settings, cfg.model, free=("windows", "window_us", "num_events"))
+    sequence = ("windows", "window_us", "num_events")
+    data = take_over(cfg.data, model.input_settings, cfg.model, given=config.given(argv), free=sequence)
     train_set, eval_set = build(data, paired=cfg.sequence.uses_images or cfg.loss.image > 0)
     accelerator.print(f"train on {train_set.describe()}\nevaluate on {eval_set.describe()}")
     if isinstance(train_set, StillStream):

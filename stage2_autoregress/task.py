@@ -77,6 +77,11 @@ class Stage2Config:
                 f"loss.image={self.loss.image}: with sequence.image_first alone every window has seen its image, and "
                 "nothing is left to predict; give odds to another layout, or set loss.image=0"
             )
+        if self.sequence.image_first and any(source.clip for source in self.data.sources().values()):
+            raise ValueError(
+                f"sequence.image_first={self.sequence.image_first}: a clip has no image of the time before its first "
+                "window; set it to 0, or data.clip=false"
+            )
         if self.loss.contrastive and (self.sequence.is_mixed or self.backbone.order == "token"):
             raise ValueError(
                 f"loss.contrastive={self.loss.contrastive} compares whole next frames of one modality: give odds to "

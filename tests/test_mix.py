@@ -99,14 +99,17 @@ def test_lanes_of_a_source_in_a_mix_are_those_of_its_places_in_the_whole_stream(
 
 def test_unreadable_samples_are_named_counted_replaced_and_at_last_stop_the_run():
     source = Numbers("a", 40, bad=(7, 8, 30))
-    with pytest.warns(UserWarning, match=r"skipped unreadable sample 1 of \d+: sample (7|8|30): a\.tar: truncated"):
+    with pytest.warns(
+        UserWarning, match=r"skipped unreadable sample 1 \(of \d+ read\): sample (7|8|30): a\.tar: trunc"
+    ):
         seen = stream(source, 5, max_bad=0.01)
     assert stream_quiet(source) == seen  # any process replaces by the same ones
     flat = [key for step in seen for key in step]
-    assert len(flat) == 40 and not {"7", "8", "30"} & set(flat) and flat.count("9") == 3 and flat.count("31") == 2
+    assert len(flat) == 40 and not {"7", "8", "30"} & set(flat) and len(set(flat)) >= 37 - 3
+    assert sorted(Counter(flat).values())[-4:] != [1, 1, 1, 1]  # three places are filled by others
     with pytest.raises(ValueError, match=r"more than data\.max_bad_fraction=0: sample"):
         stream(source, 5)
-    with pytest.raises(ValueError, match=r"5 of \d+ samples cannot be read"), pytest.warns(UserWarning):
+    with pytest.raises(ValueError, match=r"5 of 40 samples cannot be read"), pytest.warns(UserWarning):
         stream(Numbers("a", 40, bad=tuple(range(5, 10))), 5, max_bad=0.004)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import pytest
 import downstream.recognition.run as recognition
 import stage1_align.run as stage1
 import stage2_autoregress.run as stage2
+from gep import config
+from gep.data.build import build
+from gep.data.paired import collate
+from gep.data.sampler import Batches
+from stage1_align.task import Stage1Config
 from tests.layouts import write_cifar10dvs, write_ncaltech101_est, write_ncars, write_nimagenet
 from tests.layouts_driving import write_dsec, write_eventscape
 
@@ -56,13 +62,24 @@ def pretrained(roots, tmp_path_factory) -> Path:
     return run / "stage2" / "export"
 
 
+def test_a_batch_of_the_mix_holds_any_of_its_sources_in_any_order(roots):
+    mix = [f"data.mix.{name}.root={roots[name]}" for name in ("nimagenet", "dsec", "eventscape")]
+    cfg = config.load(Stage1Config, ["configs/stage1/gep_small.yaml", *mix, "data.mix.nimagenet.holdout=0.4", *SMALL])
+    source, _ = build(cfg.data, paired=True)
+    first = set()
+    for batch in itertools.islice(Batches(source, collate=collate, batch_size=4)(0), 40):
+        first.add(batch[0]["key"][0].split("/")[0])
+        assert set(batch[0]) == {"key", "events", "windows", "t_us", "label", "image"}
+    assert first == {"nimagenet", "dsec", "eventscape"}
+
+
 def test_both_stages_export_what_the_settings_say(pretrained):
-    config = json.loads((pretrained / "config.json").read_text())
-    assert config["encoder"]["arch"] == "vit_small_patch14_reg4_dinov2" and config["encoder"]["in_chans"] == 3
-    assert config["representation"] == {"name": "event_image", "params": {"percentile": 99.0}}
-    assert config["input"]["num_events"] == 30000 and config["input"]["fit"] == "resize"
-    assert config["backbone"]["width"] == 384 and config["backbone"]["order"] == "token"
-    assert "70.0% nimagenet" in config["data"]["train"] and "10.0% eventscape" in config["data"]["train"]
+    exported = json.loads((pretrained / "config.json").read_text())
+    assert exported["encoder"]["arch"] == "vit_small_patch14_reg4_dinov2" and exported["encoder"]["in_chans"] == 3
+    assert exported["representation"] == {"name": "event_image", "params": {"percentile": 99.0}}
+    assert exported["input"]["num_events"] == 30000 and exported["input"]["fit"] == "resize"
+    assert exported["backbone"]["width"] == 384 and exported["backbone"]["order"] == "token"
+    assert "70.0% nimagenet" in exported["data"]["train"] and "10.0% eventscape" in exported["data"]["train"]
 
 
 @pytest.mark.parametrize("name", ["nimagenet", "ncaltech101", "ncars", "cifar10dvs"])
@@ -82,5 +99,5 @@ def test_the_base_settings(roots, tmp_path):
     stage1.main(["configs/stage1/gep_base.yaml", *mix, *small, f"run={tmp_path}/stage1"])
     stage2.main(["configs/stage2/gep_base.yaml", *mix, *[s for s in small if not s.startswith("data.")],
                  f"run={tmp_path}/stage2", f"model={tmp_path}/stage1/export"])  # fmt: skip
-    config = json.loads((tmp_path / "stage2" / "export" / "config.json").read_text())
-    assert config["encoder"]["arch"] == "vit_base_patch14_reg4_dinov2"
+    exported = json.loads((tmp_path / "stage2" / "export" / "config.json").read_text())
+    assert exported["encoder"]["arch"] == "vit_base_patch14_reg4_dinov2"

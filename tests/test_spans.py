@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gep.data.bad import BadSample
 from gep.data.config import DataConfig
 from gep.data.listing import Listing
 from gep.data.mix import Mixed
@@ -127,7 +128,8 @@ def test_targets_move_with_the_events():
     depth[0, 0] = np.nan
     whole = listing(targets={"mask": lambda index: mask + np.uint8(index), "depth": lambda index: depth})
     config = DataConfig(**{**CANVAS, "height": 14, "width": 20})
-    source = Recordings(whole, config, paired=False)
+    assert "mask" not in Recordings(whole, config, paired=False).sample(1, None)
+    source = Recordings(whole, config, paired=False, targets=True)
     sample = source.sample(1, None)
     assert (sample["mask"][1:13, 2:18] == mask + 1).all() and (sample["mask"][0] == 255).all()
     assert np.isnan(sample["depth"][1, 2]) and sample["depth"][2, 2] == 16 and np.isnan(sample["depth"][0, 0])
@@ -169,6 +171,39 @@ def test_a_mixed_batch_keeps_every_sample_in_its_place():
     found = frames(Histogram(), collate(samples)["events"])
     assert np.array_equal(found.numpy(), np.concatenate([part.numpy() for part in expected]))
     assert found.sum(dim=(1, 2, 3)).tolist() == [50, 50, 100, 100, 100, 100, 50, 50]
+
+
+def test_picked_windows_of_counted_events_and_subsets_and_jitter():
+    config = DataConfig(**{**CANVAS, "window_us": 0, "num_events": 30}, pick=1)
+    drawn = Recordings(listing(), config, paired=True).sample(2, np.random.default_rng(0))
+    assert len(drawn["events"]) == 1 and len(drawn["events"][0]) == 15
+    # A subset of what has its past keeps it, whatever its neighbours are.
+    whole = Recordings(listing(), DataConfig(**{**CANVAS, "windows": 4}), paired=True)
+    part = whole.subset([1, 4], "two")
+    assert len(part) == 2 and part.sample(0, None)["key"] == whole.sample(1, None)["key"]
+    # Jitter stays within what the split has of a recording: [5200, 6000) here.
+    jittered = Recordings(listing(), DataConfig(**CANVAS, jitter_us=300, cache=True), paired=True)
+    for index, seed in ((0, 1), (3, 2), (3, 3), (0, 4)):
+        bounds = jittered.sample(index, np.random.default_rng(seed))["t_us"]
+        assert bounds.min() >= 5200 and bounds.max() <= 6000
+    plain = Recordings(listing(), DataConfig(**CANVAS), paired=True)
+    assert [len(w) for w in jittered.sample(1, None)["events"]] == [len(w) for w in plain.sample(1, None)["events"]]
+    for wrong in (
+        {"clip": True, "num_events": 5, "window_us": 0},
+        {"clip": True, "jitter_us": 5},
+        {"window_us": 0, "jitter_us": 5},
+    ):
+        with pytest.raises(ValueError, match=r"data\.(clip|jitter_us)"):
+            DataConfig(**{**CANVAS, **wrong})
+
+
+def test_a_damaged_image_is_a_bad_sample():
+    class Broken(Images):
+        def __call__(self, index):
+            raise ValueError("a.png: not a readable picture")
+
+    with pytest.raises(BadSample, match=r"a\.png: not a readable"):
+        Recordings(listing(image=Broken()), DataConfig(**CANVAS), paired=True).sample(0, None)
 
 
 def test_hold_out_keeps_a_recording_on_one_side():

@@ -27,7 +27,7 @@ from downstream.recognition.task import (
 )
 from gep import config, export
 from gep.checkpoint import prepare_run_dir
-from gep.data.build import batches_of, build, roots, take_over
+from gep.data.build import batches_of, build, roots, subset_of, take_over
 from gep.data.config import DataConfig
 from gep.data.fewshot import draw_shots
 from gep.data.paired import Recordings, collate
@@ -44,8 +44,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = config.load(RecognitionConfig, argv)
     accelerator = make_accelerator(cfg.train, cfg.run)
     model = GEPModel.from_pretrained(cfg.model).to(accelerator.device)
-    data = take_over(cfg.data, model.input_settings, cfg.model, free=tuple(model.input_settings))
+    data = take_over(
+        cfg.data, model.input_settings, cfg.model, given=config.given(argv), free=tuple(model.input_settings)
+    )
     model.input_settings.update({key: getattr(data, key) for key in model.input_settings})
+    if data.images.streaming:
+        raise ValueError("data.images.streaming=true: recognition addresses its samples by number; unset streaming")
     if cfg.mode in ("finetune", "scratch"):
         results = finetune(cfg, model, data, accelerator)
     else:
@@ -105,8 +109,7 @@ def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelera
     train_set, test_set = build(data, paired=False)
     if cfg.shots:
         chosen, _ = draw_shots(train_set.listing.labels, cfg.shots, seed=cfg.probe.seed, draw=cfg.draw)
-        listing = train_set.listing.subset(chosen, f"{train_set.listing.split}[{cfg.shots} shots, draw {cfg.draw}]")
-        train_set = Recordings(listing, data, paired=False)
+        train_set = subset_of(train_set, chosen, f"{train_set.listing.split}[{cfg.shots} shots, draw {cfg.draw}]")
     accelerator.print(f"learn on {train_set.listing.describe()}\ntest on {test_set.listing.describe()}")
     task = FinetuneTask(
         model,
@@ -117,10 +120,10 @@ def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelera
         label_smoothing=cfg.label_smoothing,
     )
     scratch = cfg.mode == "scratch"
-    start = train_set.listing.subset(_evenly(len(train_set), _START_SAMPLES), "start of the head")
+    start = subset_of(train_set, _evenly(len(train_set), _START_SAMPLES), "start of the head")
     features, labels = extract(
         model,
-        Recordings(start, data, paired=False),
+        start,
         accelerator,
         batch_size=max(1, cfg.train.batch_size // accelerator.num_processes),
         use_backbone=cfg.use_backbone,

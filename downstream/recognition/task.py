@@ -81,6 +81,8 @@ class RecognitionConfig:
         for name in ("encoder_lr", "backbone_lr", "label_smoothing", "shots", "draw"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative")
+        if self.data.mix:
+            raise ValueError("data.mix: one label would mean several things; recognition reads a single data set")
         if self.mode == "scratch" and self.encoder_lr == 0:
             raise ValueError("encoder_lr=0 would leave random weights untrained in mode=scratch; use encoder_lr=1")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from gep.data.config import DataConfig
 from gep.data.image_stream import StillStream, StreamBatches
@@ -18,27 +20,38 @@ from gep.data.sampler import Batch, Batches, Sample, SampleSource
 from gep.events.frames import PerSource
 from gep.events.represent import Representation
 
+_PLACES = ("root", "images.path", "cache_dir")
 
-def take_over(config: DataConfig, settings: Mapping[str, Any], source: str, *, free: Sequence[str] = ()) -> DataConfig:
+
+def take_over(
+    config: DataConfig,
+    settings: Mapping[str, Any],
+    source: str,
+    *,
+    given: Collection[str] = (),
+    free: Collection[str] = (),
+) -> DataConfig:
     """The config with an export's input settings; warns where the config asked for something else.
 
     Args:
         config: the user's.
         settings: `GEPModel.input_settings`.
         source: the export's name, for the message.
+        given: dotted keys that the user set (`config.given`).
         free: settings that are the config's own where it sets them (stage 2 may read longer sequences of the same
             frames, a probe larger frames); in a mix each source has its own anyway.
     """
-    default = DataConfig()
-    own = [name for name in free if getattr(config, name) != getattr(default, name)]
+    own = [name for name in free if f"data.{name}" in given]
     if "num_events" in own or "window_us" in own:
         own += ["num_events", "window_us"]  # one of them cuts, the other is 0
+        if "num_events" in own and "data.window_us" not in given:
+            config = dataclasses.replace(config, window_us=0)
     own += [name for name in ("fit", "window_us", "num_events") if config.mix]
     settings = {name: value for name, value in settings.items() if name not in own}
     ignored = [
         f"data.{name}={getattr(config, name)} ({value} there)"
         for name, value in settings.items()
-        if getattr(config, name) not in (value, getattr(default, name))
+        if f"data.{name}" in given and getattr(config, name) != value
     ]
     if ignored:
         warnings.warn(f"no effect, as {source} fixes its own input: {', '.join(ignored)}", stacklevel=2)
@@ -48,22 +61,29 @@ def take_over(config: DataConfig, settings: Mapping[str, Any], source: str, *, f
 def build(
     config: DataConfig, *, paired: bool
 ) -> tuple[Recordings | StillImages | StillStream | Mixed, Recordings | StillImages]:
-    """(training, evaluation) sets of a config; disjoint by construction. A mix is evaluated on its first source.
+    """(training, evaluation) sets of a config, disjoint. A mix is evaluated on its first source.
+
+    A further source of the same set and folder holds the same samples back. That one holds the first one's recordings
+    in another form (shards) is not noticed.
 
     Raises:
         FileNotFoundError, ValueError: see `list_recordings`, `Recordings` and `StillImages`.
     """
     found: dict[str, Any] = {}
+    first = next(iter(config.sources().values()))
     for name, source in config.sources().items():
         try:
-            if found:  # only the first source is evaluated on; of the others nothing is held back
-                found[name] = (_train_only(source, paired=paired), None)
-            else:
+            if not found:
                 found[name] = _build_one(source, paired=paired)
+            elif _place(source) == _place(first):
+                found[name] = _build_one(dataclasses.replace(source, holdout=first.holdout), paired=paired)
+            else:  # only the first source is evaluated on: nothing else is held back
+                found[name] = (_train_only(source, paired=paired), None)
         except (ValueError, OSError) as error:
             if not config.mix:
                 raise
-            raise type(error)(f"data.mix.{name}: {error}") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"data.mix.{name}: {error}") from error
     held = next(iter(found.values()))[1]
     if not config.mix:
         return next(iter(found.values()))
@@ -85,6 +105,13 @@ def batches_of(
     return kind.of_run(source, collate, train, data.max_bad_fraction)
 
 
+def subset_of(source: Recordings | StillImages, indices: Sequence[int] | np.ndarray, split: str) -> Any:
+    """Some of a set's samples, in that order, under the name `split`."""
+    if isinstance(source, Recordings):
+        return source.subset(indices, split)
+    return StillImages(source.listing.subset(indices, split), source.config)
+
+
 def represent_of(represent: Representation, data: DataConfig) -> Representation | PerSource:
     """The representation; in a mix with statistics of their own, one a source behind one face.
 
@@ -102,7 +129,7 @@ def represent_of(represent: Representation, data: DataConfig) -> Representation 
 
 def roots(data: DataConfig) -> tuple[str, ...]:
     """The names of the fields that say where data lie, which a resumed run may find elsewhere."""
-    return ("data.root", "data.images.path", *(f"data.mix.{n}.{f}" for n in data.mix for f in ("root", "images.path")))
+    return (*(f"data.{f}" for f in _PLACES), *(f"data.mix.{n}.{f}" for n in data.mix for f in _PLACES))
 
 
 def _build_one(config: DataConfig, *, paired: bool) -> tuple[Recordings | StillImages, Recordings | StillImages]:
@@ -126,6 +153,10 @@ def _train_only(config: DataConfig, *, paired: bool) -> Recordings | StillImages
     if config.name == "images":
         return StillImages.split(config)[0]
     return Recordings(list_recordings(config.name, config.root, config.train_split, config), config, paired=paired)
+
+
+def _place(config: DataConfig) -> tuple[str, str, str]:
+    return config.name, config.root, config.images.path
 
 
 def check_classes(train: Listing, held: Listing) -> None:

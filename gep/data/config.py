@@ -63,6 +63,13 @@ class SourceConfig(ListingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.clip and (self.num_events or self.jitter_us):
+            raise ValueError(
+                f"data.clip=true: the images' times are the windows' bounds; unset data.num_events={self.num_events} "
+                f"and data.jitter_us={self.jitter_us}"
+            )
+        if self.jitter_us and not self.window_us:
+            raise ValueError(f"data.jitter_us={self.jitter_us} has no effect on equal parts; set data.window_us")
         if not self.eval_split and not 0 < self.holdout < 1:
             raise ValueError(f"data.holdout={self.holdout} is not in (0, 1); or name data.eval_split")
         for name in ("window_us", "num_events", "jitter_us"):
@@ -124,7 +131,7 @@ class DataConfig(SourceConfig):
             raise ValueError(f"data.max_bad_fraction={self.max_bad_fraction} is not in [0, 1)")
         if self.mix:
             default = SourceConfig()
-            names = [f.name for f in dataclasses.fields(SourceConfig) if f.name not in ("augment", "images")]
+            names = [f.name for f in dataclasses.fields(SourceConfig)]
             idle = [name for name in names if getattr(self, name) != getattr(default, name)]
             if idle:
                 raise ValueError(

@@ -75,7 +75,13 @@ def eventscape(root: Path, split: str, options: ListingOptions) -> Listing:
         SENSOR,
         ImageFiles(tuple(pictures), SENSOR) if pictures else None,
         targets={"depth": CarlaDepth(tuple(depths))} if depths else {},
+        groups=tuple(sequence_of(key) for key in keys),
     )
+
+
+def sequence_of(key: str) -> str:
+    """The sequence's folder in a sample's key; files of one sequence follow each other by the time of a frame."""
+    return key.rpartition("/events/data/")[0]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ SUFFIXES = tuple(sorted(Image.registered_extensions()))
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "pixel_values")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target", "coarse_label")
 _SYNSET = re.compile(r"(n\d{8})_.*")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _SPLITS = {"train": ("train", "training"), "test": ("test", "testing"), "validation": ("validation", "valid", "val")}
 
 
@@ -37,6 +40,7 @@ def list_images(path: str, split: str, size: Size, *, image_column: str = "", la
     Raises:
         FileNotFoundError, ValueError: nothing there, no such split or column; the message names the fix.
     """
+    path = local(path)
     files = _folder(path, split)
     if files is not None:
         return _list_files(Path(path), split, files, size)
@@ -61,16 +65,21 @@ class Pictures:
 
     def view(self, index: int) -> View:
         """The largest box of the canvas' shape about the picture's centre."""
-        data, _ = self.encoded(index)
-        (height, width), (rows, columns) = decode(data, f"picture {index}").shape[:2], self.size
-        step = min(height / rows, width / columns)
-        x, y = ((side - 1 - step * (own - 1)) / 2 for side, own in ((width, columns), (height, rows)))
-        return View(self.size, homography=((step, 0.0, x), (0.0, step, y), (0.0, 0.0, 1.0)))
+        return self._view(self._decoded(index))
 
     def __call__(self, index: int) -> np.ndarray:
         """uint8 (3, H, W)."""
-        data, _ = self.encoded(index)
-        return self.view(index).apply(decode(data, f"picture {index}"))
+        picture = self._decoded(index)
+        return self._view(picture).apply(picture)
+
+    def _decoded(self, index: int) -> np.ndarray:
+        return decode(self.encoded(index)[0], f"picture {index}")
+
+    def _view(self, picture: np.ndarray) -> View:
+        (height, width), (rows, columns) = picture.shape[:2], self.size
+        step = min(height / rows, width / columns)
+        x, y = ((side - 1 - step * (own - 1)) / 2 for side, own in ((width, columns), (height, rows)))
+        return View(self.size, homography=((step, 0.0, x), (0.0, step, y), (0.0, 0.0, 1.0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,17 +110,45 @@ def as_bytes(cell: Any) -> tuple[bytes, str]:
 
     Raises:
         ValueError: an empty cell.
+        OSError: its file cannot be read.
     """
     path = (cell or {}).get("path") or ""
     data = (cell or {}).get("bytes")
-    if data is None:
-        if not path:
-            raise ValueError("the cell holds no picture")
+    if data is None and path:
         data = Path(path).read_bytes()
+    if not data:
+        raise ValueError("the cell holds no picture")
     return data, Path(path).suffix.lower() or (".png" if data[:4] == b"\x89PNG" else ".jpg")
 
 
 # ---- Hugging Face datasets ----------------------------------------------------------------------------
+
+
+def local(path: str) -> str:
+    """The path with ~ replaced; or a Hub id as it is, where nothing local has its name.
+
+    Raises:
+        FileNotFoundError: there is nothing, and it can be no Hub id either: the Hub is not asked.
+        ValueError: a file of another kind, or no path at all.
+    """
+    if not path:
+        raise ValueError("data.images.path is empty; give a folder of pictures, parquet files or a Hub id")
+    here = os.path.expanduser(path)
+    if os.path.isdir(here):
+        return here
+    if _glob(here):
+        if here.endswith(".parquet"):
+            return here
+        raise ValueError(
+            f"data.images.path={path} is neither a folder nor parquet files (*.parquet); give the folder of pictures"
+        )
+    if here.endswith(".parquet"):
+        raise FileNotFoundError(f"data.images.path={path}: no such file: there is no such parquet file")
+    if not _HUB_ID.fullmatch(path):
+        raise FileNotFoundError(
+            f"data.images.path={path}: no such file or folder (and no id of a Hub data set, owner/name)"
+        )
+    return path
 
 
 def load(path: str, split: str, *, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
@@ -124,6 +161,7 @@ def load(path: str, split: str, *, streaming: bool) -> datasets.Dataset | datase
         import datasets
     except ImportError as error:
         raise ValueError("image data sets are read by `datasets`; pip install datasets") from error
+    path = local(path)
     parquet = _parquet(path, split)
     try:
         if parquet is not None:
@@ -167,7 +205,7 @@ def columns(rows: Any, path: str, image: str, label: str) -> tuple[str, str | No
 
 def num_rows(rows: Any, path: str, split: str) -> int | None:
     """Rows of a streamed split where its files or its Hub entry say so."""
-    parquet = _parquet(path, split)
+    parquet = _parquet(local(path), split)
     if parquet is not None:
         from pyarrow.parquet import read_metadata
 
@@ -205,8 +243,6 @@ def _parquet(path: str, split: str) -> list[str] | None:
         found = sorted(here.rglob("*.parquet"))
     elif path.endswith(".parquet"):
         found = _glob(path)
-        if not found:
-            raise FileNotFoundError(f"data.images.path={path}: no such parquet file")
     else:
         return None
     if not found:
@@ -233,8 +269,6 @@ def _split_of(file: Path) -> str | None:
 
 def _glob(pattern: str) -> list[Path]:
     """Files that a path with wildcards names; the path itself where it has none."""
-    import glob
-
     return [Path(name) for name in sorted(glob.glob(pattern, recursive=True))] or (
         [Path(pattern)] if Path(pattern).is_file() else []
     )
@@ -245,12 +279,8 @@ def _glob(pattern: str) -> list[Path]:
 
 def _folder(path: str, split: str) -> list[Path] | None:
     """The pictures below a local folder (of a split); None where it is no folder of pictures."""
-    if not path:
-        raise ValueError("data.images.path is empty; give a folder of pictures, parquet files or a Hub id")
     root = Path(path)
     if not root.is_dir():
-        if path.startswith(("/", ".", "~")) and not _glob(path):
-            raise FileNotFoundError(f"data.images.path={path}: no such file or folder")
         return None
     named = [root / word for words in _SPLITS.values() for word in words if (root / word).is_dir()]
     own = [folder for folder in named if folder.name in _SPLITS.get(split, (split,))] + [root / split]

@@ -6,6 +6,7 @@ import itertools
 import queue
 import sys
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 _STREAM = 0x726F7773  # keeps the samples' randomness apart from the order's, which has the same seed
 Row = tuple[str, bytes, int]
-"""Key, the picture's file, and label (-1 = none)."""
+"""Key, the picture's file (empty where it cannot be read), and label (-1 = none)."""
 
 
 class StillStream:
@@ -42,23 +43,35 @@ class StillStream:
         image, label: its columns.
         config: canvas, windows and `images`.
         length: rows in all where that is known; resuming past an epoch is quicker with it.
+        paired: whether samples hold the `image`.
     """
 
-    def __init__(self, rows: Any, image: str, label: str | None, config: DataConfig, *, length: int | None = None):
+    def __init__(
+        self,
+        rows: Any,
+        image: str,
+        label: str | None,
+        config: DataConfig,
+        *,
+        length: int | None = None,
+        paired: bool = True,
+    ):
         self.rows, self.image, self.label, self.config, self.length = rows, image, label, config, length
+        self.paired = paired
         self.classes = class_names(rows, label)
 
     @classmethod
-    def split(cls, config: DataConfig) -> tuple[StillStream, StillImages]:
+    def split(cls, config: DataConfig, *, paired: bool = True) -> tuple[StillStream, StillImages]:
         """(training, evaluation) sets of a config; what is evaluated is read here and kept in memory.
 
         Raises:
             FileNotFoundError, ValueError: see `image_list.load` and `columns`; or nothing to evaluate.
         """
         images = config.images
-        parts = [cls._open(config, split) for split in dict.fromkeys((config.train_split, config.eval_split)) if split]
+        names = [split for split in dict.fromkeys((config.train_split, config.eval_split)) if split]
+        parts = [cls._open(config, split, paired) for split in names]
         train, other = parts[0], parts[-1]
-        chosen = (row for row in other.one_pass() if config.eval_split or other.held(row))
+        chosen = (row for row in other.one_pass() if row[1] and (config.eval_split or other.held(row)))
         rows = list(itertools.islice(chosen, images.held_rows))
         if not rows:
             raise ValueError(f"data.images.path={images.path}: no row to evaluate; set data.holdout higher")
@@ -66,16 +79,19 @@ class StillStream:
         keys, pictures, labels = zip(*rows)
         view = Memory(pictures, (config.height, config.width))
         listing = Listing("images", name, keys, (), np.array(labels, np.int64), train.classes, image=view)
-        return train, StillImages(listing, config)
+        return train, StillImages(listing, config, paired=paired)
 
     @classmethod
-    def _open(cls, config: DataConfig, split: str) -> StillStream:
+    def _open(cls, config: DataConfig, split: str, paired: bool) -> StillStream:
         images = config.images
         rows = load(images.path, split, streaming=True)
         rows = rows if rows.features is not None else rows._resolve_features()
         image, label = columns(rows, images.path, images.image_column, images.label_column)
+        if label and not _numbered(rows.features[label]):
+            _refuse_label(config, label, rows.features[label])
+            label = None
         rows = undecoded(rows.select_columns([image, label] if label else [image]), image)
-        return cls(rows, image, label, config, length=num_rows(rows, images.path, split))
+        return cls(rows, image, label, config, length=num_rows(rows, images.path, split), paired=paired)
 
     def __len__(self) -> int:
         """Rows in all; without end where their number is not known."""
@@ -95,14 +111,21 @@ class StillStream:
             rows = rows.shuffle(seed=seed, buffer_size=self.config.images.buffer)
         rows = split_dataset_by_node(rows, rank=rank, world_size=world_size) if world_size > 1 else rows
         rows.set_epoch(epoch)
+        empty = 0
         for row in rows:
-            data, _ = as_bytes(row[self.image])
-            label = row[self.label] if self.label else -1
-            yield f"{zlib.crc32(data):08x}", data, label if isinstance(label, int) else -1
+            try:
+                data, _ = as_bytes(row[self.image])
+                key = f"{zlib.crc32(data):08x}"
+            except (ValueError, OSError):
+                # Named by what is the same in every epoch, so that one bad row is counted once.
+                empty += 1
+                data, key = b"", (row[self.image] or {}).get("path") or f"row without a picture, number {empty}"
+            label = row[self.label] if self.label else None
+            yield key, data, -1 if label is None else int(label)
 
     def held(self, row: Row) -> bool:
-        """Whether a row of the training split is kept apart for evaluation."""
-        return int(row[0], 16) < self.config.holdout * 2**32
+        """Whether a row of the training split is kept apart for evaluation; one without a picture is not."""
+        return bool(row[1]) and int(row[0], 16) < self.config.holdout * 2**32
 
     def endless(self, seed: int, rank: int, world_size: int, skip: int) -> Iterator[Row]:
         """A rank's training rows, epoch after epoch, from number `skip` on."""
@@ -136,11 +159,29 @@ class StillStream:
             BadSample: the picture cannot be read.
         """
         key, data, label = row
+        if not data:
+            raise BadSample(key, "the cell holds no picture, or the file that it names cannot be read")
         try:
             picture = decode(data, key)
         except ValueError as error:
             raise BadSample(key, str(error)) from error
-        return film(picture, self.config, key=key, label=label, number=0, rng=rng)
+        return film(picture, self.config, key=key, label=label, number=0, rng=rng, paired=self.paired)
+
+
+def _numbered(kind: Any) -> bool:
+    """Whether a label column's values are numbers as they are."""
+    return hasattr(kind, "names") or str(getattr(kind, "dtype", "")).startswith(("int", "uint", "bool"))
+
+
+def _refuse_label(config: DataConfig, label: str, kind: Any) -> None:
+    """A column that was asked for is an error; one that was found by its name is left out, with a warning."""
+    text = (
+        f"data.images.path={config.images.path}: the labels in column {label} are {getattr(kind, 'dtype', kind)}, which "
+        "have no numbers before all rows are read"
+    )
+    if config.images.label_column:
+        raise ValueError(f"{text}; set data.images.streaming=false, or label_column to a column of integers")
+    warnings.warn(f"{text}: this stream has no labels (with data.images.streaming=false it has)", stacklevel=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +245,7 @@ class _RowReader(_Reader):
     ):
         # Without the rows themselves: workers are handed theirs, and an open stream does not travel.
         bare = StillStream.__new__(StillStream)
-        bare.config, bare.length = source.config, source.length
+        bare.config, bare.length, bare.paired = source.config, source.length, source.paired
         super().__init__(bare, collate, seed, max_bad)  # type: ignore[arg-type]
 
     def __getitem__(self, request: Sequence[tuple[int, Row]]) -> Batch:  # type: ignore[override]

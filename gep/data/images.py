@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from gep.data.config import DataConfig
     from gep.data.image_stream import StillStream
 
+_IDLE = ("cache", "cache_dir", "jitter_us", "augment")  # what belongs to recordings alone
 _STREAM = 0x737469  # keeps the fixed versions' randomness apart from other uses of small seeds
 Pair = tuple[float, float]
 
@@ -103,53 +106,84 @@ class StillImages:
     """Samples of an image data set: a still in motion, which `StillBatch` turns into events, and the image it shows.
 
     A sample holds `still` uint8 (3, H0, W0), `homography` float32 (G, S, 3, 3), `path_us` (S,), `bounds_us` (W, 2),
-    `seed` (G,) and `sensor`, beside the `t_us`, `label` and `image` of every sample. Windows kept by `data.pick` are G
-    recordings by themselves, from each window's begin on: only they are simulated, and a pixel begins with a random
-    part of its threshold used up (`initial_spread`) as after a long history.
+    `seed` (G,), `sensor` and `canvas` (H, W), beside the `t_us`, `label` and `image` of every sample. Windows kept by
+    `data.pick` are G recordings by themselves, from each window's begin on: only they are simulated, and a pixel begins
+    with a random part of its threshold used up (`initial_spread`) as after a long history.
 
     Args:
         listing: of pictures; any listing with images will do.
-        config: canvas, windows and `images`.
+        config: canvas, windows and `images`; warns of settings that have no effect on pictures.
+        paired: whether samples hold the `image`.
     Raises:
-        ValueError: windows that have no length of their own.
+        ValueError: windows that have no length of their own, or `data.clip`.
     """
 
-    def __init__(self, listing: Listing, config: DataConfig):
+    def __init__(self, listing: Listing, config: DataConfig, *, paired: bool = True):
         if not config.window_us or config.num_events:
             raise ValueError(
                 f"data.window_us={config.window_us} data.num_events={config.num_events}: pictures have no recording to "
                 "divide; give windows a length, data.window_us, and leave data.num_events at 0"
             )
-        self.listing, self.config, self.images = listing, config, config.images
+        if config.clip:
+            raise ValueError("data.clip=true needs a video set; name=images holds single pictures: unset it")
+        default = type(config)()
+        idle = [f"data.{n}={getattr(config, n)}" for n in _IDLE if getattr(config, n) != getattr(default, n)]
+        if idle:
+            warnings.warn(
+                f"{', '.join(idle)} has no effect on name=images: every sample is decoded and filmed anew, as "
+                "data.images says",
+                stacklevel=2,
+            )
+        self.listing, self.config, self.images, self.paired = listing, config, config.images, paired
 
     @classmethod
-    def split(cls, config: DataConfig) -> tuple[StillImages | StillStream, StillImages]:
+    def split(cls, config: DataConfig, *, paired: bool = True) -> tuple[StillImages | StillStream, StillImages]:
         """(training, evaluation) sets of a config.
 
         Raises:
             FileNotFoundError, ValueError: see `list_images`; or splits of different classes, or an empty one.
         """
-        images = config.images
-        if images.streaming:
+        if config.images.streaming:
             from gep.data.image_stream import StillStream
 
-            return StillStream.split(config)
-
-        def listed(split: str) -> Listing:
-            size, names = (config.height, config.width), (images.image_column, images.label_column)
-            return list_images(images.path, split, size, image_column=names[0], label_column=names[1])
-
-        train = listed(config.train_split)
-        train, held = (train, listed(config.eval_split)) if config.eval_split else train.hold_out(config.holdout)
+            return StillStream.split(config, paired=paired)
+        train, path = _listed(config, config.train_split), config.images.path
+        train, held = (
+            (train, _listed(config, config.eval_split)) if config.eval_split else train.hold_out(config.holdout)
+        )
         if train.classes != held.classes:
             raise ValueError(
-                f"data.images.path={images.path}: {train.split} and {held.split} do not hold the same classes "
+                f"data.images.path={path}: {train.split} and {held.split} do not hold the same classes "
                 f"({len(train.classes)} and {len(held.classes)}); complete the splits"
             )
         for name, part in (("training", train), ("evaluation", held)):
             if len(part) == 0:
-                raise ValueError(f"data.images.path={images.path}: the {name} set is empty; set data.holdout higher")
-        return cls(train, config), cls(held, config)
+                raise ValueError(f"data.images.path={path}: the {name} set is empty; set data.holdout higher")
+        source = cls(train, config, paired=paired)
+        return source, source._over(held)
+
+    @classmethod
+    def whole(cls, config: DataConfig, *, paired: bool = True) -> StillImages:
+        """The whole training split, of which nothing is held back: for a set that is not evaluated on.
+
+        Raises:
+            FileNotFoundError, ValueError: see `list_images`; or a stream.
+        """
+        if config.images.streaming:
+            raise ValueError(
+                "data.images.streaming=true: a stream cannot be mixed, as its rows have no numbers; read it without "
+                "streaming, or pack it into shards"
+            )
+        return cls(_listed(config, config.train_split), config, paired=paired)
+
+    def subset(self, indices: Sequence[int] | np.ndarray, split: str) -> StillImages:
+        """Some of the samples, in that order, under the name `split`."""
+        return self._over(self.listing.subset(indices, split))
+
+    def _over(self, listing: Listing) -> StillImages:
+        other = copy.copy(self)
+        other.listing = listing
+        return other
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -171,16 +205,30 @@ class StillImages:
             picture = decode(data, key)
         except (ValueError, OSError) as error:
             raise BadSample(key, str(error)) from error
-        return film(picture, self.config, key=key, label=int(self.listing.labels[index]), number=index, rng=rng)
+        label = int(self.listing.labels[index])
+        return film(picture, self.config, key=key, label=label, number=index, rng=rng, paired=self.paired)
+
+
+def _listed(config: DataConfig, split: str) -> Listing:
+    images, size = config.images, (config.height, config.width)
+    return list_images(images.path, split, size, image_column=images.image_column, label_column=images.label_column)
 
 
 def film(
-    picture: np.ndarray, config: DataConfig, *, key: str, label: int, number: int, rng: np.random.Generator | None
+    picture: np.ndarray,
+    config: DataConfig,
+    *,
+    key: str,
+    label: int,
+    number: int,
+    rng: np.random.Generator | None,
+    paired: bool = True,
 ) -> Sample:
     """The sample that `StillImages` describes, of a decoded picture uint8 (h, w, 3).
 
     Args:
         number: seeds the fixed version where there is no rng.
+        paired: whether it holds the `image`.
     """
     images, canvas = config.images, (config.height, config.width)
     if images.grey:
@@ -211,8 +259,7 @@ def film(
     path_us = np.arange(steps + 1, dtype=np.int64) * span // steps
     sizes = {"image_size": still.shape[1:], "sensor_size": canvas}
     middle = (t_us[0, 0] + t_us[-1, 1]) / 2
-    seen = motion.homography(middle, **sizes) if images.target == "window" else _rest(still.shape[1:], canvas)
-    return {
+    sample = {
         "key": key,
         "still": still,
         "homography": motion.homography(starts[:, None] + path_us, **sizes),
@@ -222,24 +269,30 @@ def film(
         "sensor": images.sensor if rng is None else vary(images.sensor, images.vary, rng),
         # The mirrored margin is part of the still; beyond it, where only a turned corner looks, this is quicker.
         "outside": _beyond(images.outside),
+        "canvas": canvas,
         "t_us": t_us,
         "label": label,
-        "image": _seen(still, seen, canvas, _beyond(images.outside)),
     }
+    if paired:
+        seen = motion.homography(middle, **sizes) if images.target == "window" else _rest(still.shape[1:], canvas)
+        sample["image"] = _seen(still, seen, canvas, _beyond(images.outside))
+    return sample
 
 
 def collate_stills(samples: Sequence[Sample]) -> StillBatch:
     """Samples of `StillImages` -> their `StillBatch`.
 
     Raises:
-        ValueError: samples of different lengths in time.
+        ValueError: samples of different lengths in time, or canvases.
     """
     first = samples[0]
-    for name in ("path_us", "bounds_us"):
+    for name in ("path_us", "bounds_us", "canvas"):
         if any(not np.array_equal(sample[name], first[name]) for sample in samples):
-            raise ValueError(f"samples {first['key']} … of one batch differ in {name}: their windows are not alike")
+            raise ValueError(
+                f"samples {first['key']} … of one batch differ in {name}: canvas and windows must be alike"
+            )
     sensors = tuple(sample["sensor"] for sample in samples for _ in sample["seed"])
-    height, width = first["image"].shape[1:]
+    height, width = first["canvas"]
     return StillBatch(
         images=torch.from_numpy(np.stack([sample["still"] for sample in samples])),
         homography=torch.from_numpy(np.concatenate([sample["homography"] for sample in samples])),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +58,9 @@ class Listing:
         rectify: index -> float32 (H, W, 2), at [y, x] the rectified (x, y) of a raw pixel; None where events stay raw.
         recording: index -> open source, instead of `files`.
         notes: further facts to print with the split, e.g. {"subsampling": "ESS"}.
+        groups: N names of the recording or sequence each sample belongs to, as stable as keys; () = what the keys say:
+            without spans each is its own, with them what stands before "#" or "@" in the last part of the key, and
+            with anchor "end", where there is neither, before the last part (sequence/image). See `hold_out`.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Listing:
     rectify: TargetOf | None = None
     recording: RecordingOf | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -114,25 +118,28 @@ class Listing:
             targets={name: part(target) for name, target in self.targets.items()},
             rectify=part(self.rectify),
             recording=part(self.recording),
+            groups=tuple(self.groups[i] for i in indices) if self.groups else (),
         )
 
     def hold_out(self, fraction: float) -> tuple[Listing, Listing]:
-        """Splits into (kept, held out) by the hash of each key, or of each recording where it gives several samples.
+        """Splits into (kept, held out) by the hash of each sample's group.
 
-        A sample's side depends on its own name alone, so that files added later move none of the others; and two
-        samples of one recording, which look alike, never land on both sides.
+        A sample's side depends on its own group's name alone, so that files added later move none of the others; and
+        two samples of one recording, which look alike, never land on both sides.
         """
-        names = list(self.keys)
-        if self.spans is not None and self.files:
-            # Below the folder that holds them all: the same names on every machine.
-            base = os.path.commonpath([file.parent for file in set(self.files)])
-            names = [os.path.relpath(file, base).replace(os.sep, "/") for file in self.files]
-        draws = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names])
-        held = draws < fraction
+        names = self.groups or [self._group(key) for key in self.keys]
+        held = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 < fraction for name in names])
         return (
             self.subset(np.flatnonzero(~held), f"{self.split}[kept]"),
             self.subset(np.flatnonzero(held), f"{self.split}[held out {fraction:g}]"),
         )
+
+    def _group(self, key: str) -> str:
+        """The recording that a key names; of the key alone, so that shards, which keep the keys, split as their set."""
+        if self.spans is None:
+            return key
+        group = re.sub(r"[#@][^/]*$", "", key)
+        return group.rpartition("/")[0] or group if group == key and self.anchor == "end" else group
 
     def describe(self) -> str:
         """One line for people: name, split, sizes, hash."""

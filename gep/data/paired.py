@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from gep.data.bad import BadSample
 from gep.data.cache import cached_source
 from gep.data.config import DataConfig
 from gep.data.images import collate_stills
@@ -30,23 +34,34 @@ class Recordings:
         listing: recordings or spans of them, labels, images, targets.
         config: windows, canvas and augmentation.
         paired: whether every sample must have its image.
+        targets: whether samples hold the listing's masks and depth maps.
     Raises:
         ValueError: paired, and the set has no images; or windows that no sample has the time for.
     """
 
-    def __init__(self, listing: Listing, config: DataConfig, *, paired: bool):
+    def __init__(self, listing: Listing, config: DataConfig, *, paired: bool, targets: bool = False):
         if paired and listing.image is None:
             raise ValueError(
                 f"data.root: {listing.name} {listing.split} has no images to pair with its recordings; "
                 "put them beside the recordings (N-MNIST: train_images.npz or MNIST's train-images-idx3-ubyte; "
                 "N-ImageNet: imagenet_train/<synset>/<stem>.JPEG), or use a task that needs none"
             )
+        self.limits = _limits(listing)
         self.clips = Clips.of(listing, config.windows) if config.clip else None
         kept = _with_past(listing, config) if self.clips is None else self.clips.rows[:, -1]
         if len(kept) < len(listing):
-            listing = listing.subset(kept, listing.split)
-        self.listing, self.config, self.paired = listing, config, paired
+            listing, self.limits = listing.subset(kept, listing.split), self.limits[kept]
+        self.listing, self.config, self.paired, self.targets = listing, config, paired, targets
         self._cache: dict[int, Events] = {}
+
+    def subset(self, indices: Sequence[int] | np.ndarray, split: str) -> Recordings:
+        """Some of the samples, in that order, under the name `split`."""
+        part = copy.copy(self)
+        indices = np.asarray(indices, np.int64)
+        part.listing, part.limits, part._cache = self.listing.subset(indices, split), self.limits[indices], {}
+        if self.clips is not None:
+            part.clips = dataclasses.replace(self.clips, rows=self.clips.rows[indices])
+        return part
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -78,13 +93,23 @@ class Recordings:
         }
         if self.paired and listing.image is not None:
             if self.clips is None:
-                sample["image"] = transform.apply_image(listing.image(index))
+                sample["image"] = transform.apply_image(self._read(listing.image, index))
             else:
-                sample["images"] = np.stack([transform.apply_image(image) for image in self.clips.images(index)])
-        for name, target in listing.targets.items():
+                images = self._read(self.clips.images, index)
+                sample["images"] = np.stack([transform.apply_image(image) for image in images])
+        for name, target in listing.targets.items() if self.targets else ():
             apply = transform.apply_depth if name == "depth" else transform.apply_mask
-            sample[name] = apply(target(index))
+            sample[name] = apply(self._read(target, index))
         return sample
+
+    def _read(self, function: Callable[[int], Any], index: int) -> Any:
+        """What belongs to a sample; damaged, it makes the sample a bad one as damaged events do."""
+        try:
+            return function(index)
+        except BadSample:
+            raise
+        except (ValueError, OSError) as error:
+            raise BadSample(self.listing.keys[index], str(error)) from error
 
     def _whole(self, index: int, rng: np.random.Generator | None) -> Windows:
         """A sample that is a recording: windows from its first event on, or of events in its middle."""
@@ -115,6 +140,9 @@ class Recordings:
             bounds = self.clips.spans[self.clips.rows[index]]
         elif config.window_us:
             begin = t1 - num * config.window_us if at_end else t0
+            low, high = self.limits[index].tolist()
+            # Not past what this split has of the recording, beyond which another split may begin.
+            shift = min(max(shift, min(0, low - begin)), max(0, high - begin - num * config.window_us))
             edges = begin + shift + config.window_us * np.arange(num + 1, dtype=np.int64)
             bounds = np.stack([edges[:-1], edges[1:]], axis=1)
         else:
@@ -122,18 +150,19 @@ class Recordings:
             bounds = np.stack([edges[:-1], edges[1:]], axis=1)
         kept = self._picked(rng)
         bounds = bounds if kept is None else bounds[kept]
-        events = self._cache.get(index) if rng is None or not config.jitter_us else None
+        events = None if shift else self._cache.get(index)
         if events is None:
             first, last = (t0, t1) if config.num_events else (int(bounds[:, 0].min()), int(bounds[:, 1].max()))
             events = self._source(index).by_time(first, last)
-            if config.cache and kept is None:
+            if config.cache and kept is None and not shift:
                 self._cache[index] = events
         if config.num_events:
             stop = len(events)
             start = max(0, stop - config.num_events)
             if not at_end:
                 start, stop = _consecutive(len(events), config.num_events, rng)
-            return into_windows(events[start:stop], num)
+            cut = into_windows(events[start:stop], num)
+            return cut if kept is None else Windows([cut.events[i] for i in kept], cut.bounds[kept])
         return by_bounds(events, bounds)
 
     def _source(self, index: int) -> EventSource:
@@ -222,10 +251,7 @@ def _with_past(listing: Listing, config: DataConfig) -> np.ndarray:
             )
     if listing.spans is None or listing.anchor != "end" or not config.window_us or not listing.files:
         return everything
-    begin: dict[Path, int] = {}
-    for file, t0 in zip(listing.files, listing.spans[:, 0].tolist()):
-        begin[file] = min(t0, begin.get(file, t0))
-    first = np.array([begin[file] for file in listing.files], np.int64)
+    first = _limits(listing)[:, 0]
     # The first window may be a little longer than the least span between two images.
     needed = listing.spans[:, 1] - (config.windows - 1) * config.window_us
     kept = everything[needed > first]
@@ -235,6 +261,19 @@ def _with_past(listing: Listing, config: DataConfig) -> np.ndarray:
             f"{len(listing)} samples of {listing.name} {listing.split}; take fewer or shorter windows"
         )
     return kept
+
+
+def _limits(listing: Listing) -> np.ndarray:
+    """(N, 2) µs: from the first begin to the last end of the listing's spans in each sample's recording."""
+    if listing.spans is None:
+        return np.zeros((len(listing), 2), np.int64)
+    if not listing.files:
+        return listing.spans
+    found: dict[Path, tuple[int, int]] = {}
+    for file, (t0, t1) in zip(listing.files, listing.spans.tolist()):
+        low, high = found.get(file, (t0, t1))
+        found[file] = (min(low, t0), max(high, t1))
+    return np.array([found[file] for file in listing.files], np.int64).reshape(-1, 2)
 
 
 def _consecutive(total: int, count: int, rng: np.random.Generator | None) -> tuple[int, int]:
@@ -254,7 +293,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         "label": torch.tensor([sample["label"] for sample in samples]),
     }
     for name in ("image", "mask", "depth"):
-        if name in samples[0]:
+        if all(name in sample for sample in samples):
             batch[name] = torch.from_numpy(np.stack([sample[name] for sample in samples]))
     return batch
 

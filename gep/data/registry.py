@@ -94,6 +94,11 @@ def list_recordings(name: str, root: str | Path, split: str, options: object | N
         ValueError: an unknown name or split, or a folder without one recording.
         FileNotFoundError: a missing folder; the message shows the layout that was looked for.
     """
+    if name == "images":
+        raise ValueError(
+            "data.name=images: sets of images are no recordings, and are not packed into shards here; a stage reads "
+            "them directly with data.name=images data.images.path=… (a folder, parquet files or a Hub id)"
+        )
     if name not in DATASETS:
         raise ValueError(f"data.name={name!r} is not known; choose one of {', '.join(sorted(DATASETS))}")
     if not str(root):

@@ -1,6 +1,7 @@
 """Batches addressed by index: which samples step s takes, and their randomness, are functions of (seed, s).
 
-That makes resuming arithmetic, and makes the global batch of a step the same for any number of ranks.
+That makes resuming arithmetic, and makes the global batch of a step the same for any number of ranks. (Shards are split
+by rank: there a run resumes exactly on as many ranks as before.)
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Batches:
         seed: of order and augmentation.
         rank, world_size: this process and how many there are.
         num_workers: data processes; 0 loads in the training process. Has no effect on the values.
-        max_bad: share of the samples that may be unreadable; each is named and replaced by its successor.
+        max_bad: share of the samples that may be unreadable; each is named and replaced by another one.
     Raises:
         ValueError: the batch does not divide over ranks and micro-batches, or is larger than the set.
     """
@@ -198,26 +199,29 @@ class _Reader(TorchDataset):
 
     def _sample(self, position: int, index: int) -> Sample:
         self._seen += 1
-        for later in range(_TRIES):
-            # The successor in the listing, so that any process replaces a sample by the same one.
-            chosen = (index + later) % len(self.source)
+        chosen = index
+        for attempt in range(_TRIES):
             try:
                 return self.source.sample(chosen, np.random.default_rng([_STREAM, self.seed, position]))
             except (BadSample, EventFormatError) as error:
-                self._count(error)
-        raise ValueError(f"{_TRIES} samples in a row cannot be read, from number {index} on; check the data set")
+                if attempt == 0:
+                    self._count(error)
+            # Drawn by the position, so that any process replaces a sample by the same one; anywhere in the set, as the
+            # neighbours of a sample in a damaged shard are damaged too.
+            chosen = int(np.random.default_rng([_STREAM, self.seed, position, attempt]).integers(len(self.source)))
+        raise ValueError(f"none of {_TRIES} samples drawn at random can be read; check the data set")
 
     def _count(self, error: ValueError) -> None:
         if str(error) in self._bad:
             return
         self._bad.add(str(error))
-        # The share is judged over at least a thousand samples, so that one early fault does not stop a run.
-        if len(self._bad) > self.max_bad * max(min(self._seen, len(self.source)), 1000):
+        # In a small set one fault does not stop a run: the share is that of at least a thousand samples.
+        if len(self._bad) > self.max_bad * max(len(self.source), 1000):
             raise ValueError(
-                f"{len(self._bad)} of {self._seen} samples cannot be read, more than "
+                f"{len(self._bad)} of {len(self.source)} samples cannot be read, more than "
                 f"data.max_bad_fraction={self.max_bad:g}: {error}"
             ) from error
-        warnings.warn(f"skipped unreadable sample {len(self._bad)} of {self._seen}: {error}", stacklevel=2)
+        warnings.warn(f"skipped unreadable sample {len(self._bad)} (of {self._seen} read): {error}", stacklevel=2)
 
 
 class EvaluationBatches:

@@ -14,15 +14,18 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 _TRIES = 4
 _PAUSE = 1.0  # s before the second try; doubled for each further one
 _SILENCE = 120.0  # s without a byte after which a server or a command counts as dead
+_LOOK = 20.0  # s for a server to say what it has
+_TELLING = ("etag", "lastmodified", "mtime", "created", "blobid", "oid", "contentlength", "size")
 _CHUNK = 1 << 20
 _INDEX_LIMIT = 1 << 30
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -44,11 +47,16 @@ class Store:
             `pipe:command {shard}` that prints the file whose name takes the place of `{shard}`.
         cache: folder for what is fetched; processes of one machine may share it.
         cache_bytes: most that the cache holds; the files used longest ago are removed.
+
+    A file whose SHA-256 nobody knows (a tar without an index) is fetched again when the server gives it another ETag,
+    time of change or size; where it says none of them, as a command or a server without HEAD, the cached one is kept:
+    delete the cache after a change. What was said first holds for this object and its copies in data workers.
     """
 
     url: str
     cache: Path
     cache_bytes: int
+    states: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def folder(self) -> Path | None:
@@ -95,7 +103,7 @@ class Store:
         if size > self.cache_bytes:
             raise OSError(f"{self.name(file)}: {size:,} bytes, the cache holds {self.cache_bytes:,}; allow it more")
         # Named by content: the same shard from another server is not fetched again, a rewritten one is.
-        stem = sha256 or "url-" + hashlib.sha256(self._address(file).encode()).hexdigest()
+        stem = sha256 or self._stem(self._address(file))
         path = self.cache / f"{stem}.tar"
         locks = self.cache / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
@@ -104,6 +112,18 @@ class Store:
                 self._fill(file, path, size, sha256)
             os.utime(path)  # the time of its last use
         return path
+
+    def _stem(self, address: str) -> str:
+        """What the cache calls a file that is known by its address alone."""
+        stem = "url-" + hashlib.sha256(address.encode()).hexdigest()
+        if address not in self.states:
+            self.states[address] = _state(address)
+        state = self.states[address]
+        if state:
+            return f"{stem}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+        # The server cannot be asked: what was fetched last has to do.
+        known = sorted(self.cache.glob(f"{stem}*.tar"), key=lambda path: path.stat().st_mtime_ns)
+        return known[-1].stem if known else stem
 
     def _fill(self, file: str, path: Path, size: int, sha256: str) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -172,6 +192,26 @@ class Store:
                 if attempt == _TRIES - 1:
                     raise OSError(f"{name}: could not be fetched in {_TRIES} tries ({error})") from error
                 time.sleep(2.0**attempt * _PAUSE)
+
+
+def _state(address: str) -> str:
+    """What a server says of a file without sending it; empty where it says nothing, or cannot be reached."""
+    try:
+        if address.startswith("pipe:"):
+            return ""
+        if address.startswith(("http://", "https://")):
+            request = urllib.request.Request(address, headers={"User-Agent": "gep"}, method="HEAD")
+            with urllib.request.urlopen(request, timeout=_LOOK) as answer:
+                facts: Mapping[str, Any] = dict(answer.headers)
+        else:
+            import fsspec
+
+            system, path = fsspec.core.url_to_fs(address)
+            facts = system.info(path)
+    except Exception:  # each file system has its own client's errors; the fetch that follows names them
+        return ""
+    said = {name.lower().replace("-", "").replace("_", ""): value for name, value in facts.items()}
+    return "|".join(f"{name}={said[name]}" for name in _TELLING if said.get(name))
 
 
 def expand(url: str) -> list[str]:

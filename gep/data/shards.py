@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gep.data.eventscape import sequence_of
 from gep.data.listing import Listing
 from gep.data.shard_bytes import EVENTS, Shards
 from gep.data.shard_index import INDEX, Shard, Table, parse
@@ -58,7 +60,8 @@ def open_shards(
         ) from error
     values, table = parse(text, name)
     if split and values["split"] != split:
-        raise ValueError(f"{name}: these are shards of the split {values['split']!r}, {split!r} was asked for")
+        fix = f"set data.train_split={shlex.quote(values['split'])} (and data.eval_split)"
+        raise ValueError(f"{name}: these are shards of the split {values['split']!r}, {split!r} was asked for; {fix}")
     return _listing(Shards(store, table, values["past_us"], values["future_us"]), values)
 
 
@@ -87,6 +90,8 @@ def _listing(shards: Shards, values: dict[str, Any]) -> Listing:
         },
         recording=recording,
         notes={**notes, "shards": str(len(table.shards))},
+        # The index has no column for groups; of all other sets the keys say them.
+        groups=tuple(sequence_of(key) for key in table.keys) if values["name"] == "eventscape" else (),
     )
 
 

@@ -7,6 +7,7 @@ that set and from photographs, the camera moving at random. Probes read recordin
 from __future__ import annotations
 
 import dataclasses
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -25,6 +26,8 @@ from downstream.recognition.run import write_json
 from downstream.recognition.task import ProbeConfig, kshot
 from gep.data.build import build
 from gep.data.config import DataConfig
+from gep.data.image_list import list_images
+from gep.data.options import ListingOptions
 from gep.data.paired import Recordings, collate
 from gep.data.registry import list_recordings
 from gep.data.view import View, decode
@@ -38,6 +41,7 @@ from gep.models.teacher import FrozenVFM
 SHOTS = [5, 20, 50]
 CANVAS = 72  # px: an object that fills a third of the view is then as large as the pictures that stage 1 saw
 WINDOWS, WINDOW_US = 2, 125_000
+TRAIN, TEST = "0-60%", "70-100%"
 POOL: Pool = "mean_std"
 _GRIDS = ((4, 4), (8, 8), (16, 16), (36, 36), (72, 72))
 
@@ -63,7 +67,8 @@ class Natural:
     Args:
         cifar10: labelled images: anything that data.images.path takes, with the splits train and test.
         photos: further pictures, whose labels are not used.
-        objects: recordings of objects, a file or folder a class (data set `folder`).
+        objects: recordings of objects (data set `folder`): folders of classes, or where there are none, one recording
+            a class.
         frames: recordings with pictures, to look the pictures up by their events; None = leave that out.
         out: folder of the results.
         size: how long to train.
@@ -81,7 +86,12 @@ class Natural:
     """further stage-1 settings, dotted key=value"""
 
     def run(self) -> dict[str, Any]:
-        """Runs every step; returns what is written to results.json."""
+        """Runs every step; returns what is written to results.json.
+
+        Raises:
+            FileNotFoundError, ValueError: an input is missing or of another layout; before anything is trained.
+        """
+        self._look()
         torch.manual_seed(self.seed)
         teacher = self.out / "teacher" / "export"
         top1 = train_classifier(str(self.cifar10), teacher, steps=self.size.teacher_steps, seed=self.seed)
@@ -108,18 +118,40 @@ class Natural:
         write_json(self.out / "results.json", results)
         return results
 
+    def _look(self) -> None:
+        """Lists every input once, so that a mistyped path does not wait for the end of training to be found."""
+        for name, path, splits in (("cifar10", self.cifar10, ("train", "test")), ("photos", self.photos, ("train",))):
+            if not path.exists() and not glob.glob(str(path)):
+                raise FileNotFoundError(f"--{name} {path}: no such file or folder")
+            for split in splits:
+                list_images(str(path), split, (36, 36))
+        for split in (TRAIN, TEST):
+            try:
+                listing = list_recordings("folder", self.objects, split, DataConfig(**self._samples()))
+            except (ValueError, OSError) as error:
+                raise type(error)(f"--objects: {error}") from error
+            if len(listing.classes) < 2:
+                raise ValueError(f"--objects {self.objects}: recordings of {len(listing.classes)} class(es); at least 2")
+        if self.frames is not None:
+            try:
+                framed = list_recordings("folder", self.frames, "all")
+            except (ValueError, OSError) as error:
+                raise type(error)(f"--frames: {error}") from error
+            if framed.image is None:
+                raise ValueError(f"--frames {self.frames}: its recordings have no pictures (images/ beside the events)")
+
+    def _samples(self) -> dict[str, Any]:
+        """Which samples of the objects' recordings there are, as settings of data."""
+        # Folders of classes where there are such; a stray file beside them changes nothing.
+        by_folder = list_recordings("folder", self.objects, "all", ListingOptions(label_from="folder")).classes
+        label_from = "folder" if by_folder else "file"
+        return {"name": "folder", "root": str(self.objects), "label_from": label_from, "sample_us": 250_000}
+
     def _data(self, model: GEPModel) -> DataConfig:
         """Windows of the length that stage 1 trained on, and which of them to learn from and to test on."""
         frame = {"height": CANVAS, "width": CANVAS, "windows": WINDOWS, "window_us": WINDOW_US}
         return DataConfig(
-            **{**model.input_settings, **frame},
-            name="folder",
-            root=str(self.objects),
-            train_split="0-60%",
-            eval_split="70-100%",
-            label_from="file" if any(entry.is_file() for entry in self.objects.iterdir()) else "folder",
-            sample_us=250_000,
-            cache=True,
+            **{**model.input_settings, **frame}, **self._samples(), train_split=TRAIN, eval_split=TEST, cache=True
         )
 
     def _objects(self, export: Path) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
+from collections import OrderedDict
 from pathlib import Path
 
 from gep.events.io import aedat as _aedat
@@ -30,6 +30,7 @@ from gep.events.io.npy import read_npy as read_npy
 from gep.events.io.npz import read_npz as read_npz
 from gep.events.io.source import EventSource as EventSource
 from gep.events.io.source import Format as Format
+from gep.events.io.source import InMemory
 from gep.events.types import EventFormatError, Events
 
 FORMATS: tuple[Format, ...] = (
@@ -49,6 +50,7 @@ FORMATS: tuple[Format, ...] = (
 """Every format, in the order in which content is looked at; a new one is a module with `FORMATS` and a line here."""
 
 _HEAD = 4096
+_OPEN, _WHOLE = 64, 8  # sources kept open: those that hold handles, maps and a few chunks; those that hold all events
 
 
 def open_events(
@@ -111,15 +113,23 @@ def find_format(path: str | Path) -> Format:
     raise EventFormatError(f"{path}: byte 0: unknown event format; known are {known}")
 
 
-@functools.lru_cache(maxsize=8)
-def _opened(process: int, state: tuple[int, int], path: Path, height: int | None, width: int | None) -> EventSource:
-    return open_events(path, height=height, width=width)
+_kept: tuple[OrderedDict[tuple, EventSource], ...] = (OrderedDict(), OrderedDict())
 
 
 def opened(path: str | Path, *, height: int | None = None, width: int | None = None) -> EventSource:
-    """`open_events`, kept open: the last few sources of this process are shared and must not be closed."""
+    """`open_events`, kept open: the sources used last in this process are shared and must not be closed."""
     path = Path(path)
     # A file that was replaced is opened anew.
     state = path.stat() if path.exists() else None
-    key = (state.st_size, state.st_mtime_ns) if state else (0, 0)
-    return _opened(os.getpid(), key, path, height, width)
+    key = (os.getpid(), (state.st_size, state.st_mtime_ns) if state else None, path, height, width)
+    for sources in _kept:
+        if key in sources:
+            sources.move_to_end(key)
+            return sources[key]
+    source = open_events(path, height=height, width=width)
+    whole = isinstance(source, InMemory)
+    sources = _kept[whole]
+    sources[key] = source
+    if len(sources) > (_WHOLE if whole else _OPEN):
+        sources.popitem(last=False)  # not closed: a caller may still read from it
+    return source
