@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
+from gep.data import image_list
 from gep.data.bad import BadSample
+from gep.data.boxes import lay_out
 from gep.data.config import DataConfig
 from gep.data.image_list import list_images
 from gep.data.image_stream import StillStream, StreamBatches
-from gep.data.images import ImagesConfig, StillImages, collate_stills, film, lay_out, vary
+from gep.data.images import ImagesConfig, StillImages, collate_stills, film, vary
 from gep.data.paired import collate
 from gep.data.sampler import Batches
+from gep.data.sequence import EVENT, IMAGE, SequenceConfig, Sequences, collate_sequences
+from gep.events.augment import AugmentConfig
 from gep.events.camera import Wander
 from gep.events.represent import Histogram
 from gep.events.sensor import NATURAL_SENSOR
@@ -45,12 +50,24 @@ def png(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def parquet(path: Path, seeds: range | list[int], *, bad: tuple[int, ...] = (), named: bool = True) -> Path:
-    """A file of the Hub's layout: `img` (bytes, path) and `label`."""
-    cells = [{"bytes": b"no picture" if seed in bad else png(picture(seed)), "path": None} for seed in seeds]
-    kind = datasets.ClassLabel(names=CLASSES) if named else datasets.Value("int64")
-    features = datasets.Features({"img": datasets.Image(), "label": kind})
-    rows = datasets.Dataset.from_dict({"img": cells, "label": [seed % 3 for seed in seeds]}, features=features)
+def parquet(
+    path: Path,
+    seeds: range | list[int],
+    *,
+    bad: tuple[int, ...] = (),
+    cells: dict[int, dict | None] | None = None,
+    kind: str = "",
+) -> Path:
+    """A file of the Hub's layout: `img` (bytes, path; some seeds' cells as given) and `label`."""
+    pictures = [
+        (cells or {}).get(seed, {"bytes": b"no picture" if seed in bad else png(picture(seed)), "path": None})
+        for seed in seeds
+    ]
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.Value(kind) if kind else datasets.ClassLabel(names=CLASSES)}
+    )
+    labels = [str(seed % 3) if kind == "string" else seed % 3 for seed in seeds]
+    rows = datasets.Dataset.from_dict({"img": pictures, "label": labels}, features=features)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(path)
     return path
@@ -87,7 +104,7 @@ def test_parquet_files_by_split(tmp_path: Path) -> None:
 
 
 def test_labels_without_names(tmp_path: Path) -> None:
-    rows = list_images(str(parquet(tmp_path / "rows.parquet", [7, 2, 1], named=False)), "train", (16, 16))
+    rows = list_images(str(parquet(tmp_path / "rows.parquet", [7, 2, 1], kind="int64")), "train", (16, 16))
     assert rows.classes == ("1", "2") and rows.labels.tolist() == [0, 1, 0]
     with pytest.raises(ValueError, match="cannot be loaded"):
         (tmp_path / "broken.parquet").write_bytes(b"PAR1 not at all")
@@ -128,6 +145,68 @@ def test_loose_pictures(tmp_path: Path) -> None:
         list_images(str(tmp_path / "nowhere"), "train", (16, 16))
     with pytest.raises(ValueError, match="path is empty"):
         list_images("", "train", (16, 16))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mistyped_path_never_goes_to_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    asked = []
+
+    def hub(path: str, **options: object) -> None:
+        asked.append(path)
+        raise datasets.exceptions.DatasetNotFoundError("nobody has it")
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.png").write_bytes(png(picture(0)))
+    paths = [
+        "./a",
+        "../a/b",
+        "/a",
+        "/a/b",
+        "~/a",
+        "a/b/c",
+        "pictures/",
+        r"data\\a",
+        "a*",
+        "a b",
+        "a/b/*.jpg",
+        "a/x.parquet",
+    ]
+    for path in paths:
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            StillImages.split(config(path, images={"streaming": streaming}))
+    for path in ("one.png", "*.png", str(tmp_path / "one.png")):
+        with pytest.raises(ValueError, match="neither a folder nor parquet"):
+            StillImages.split(config(path, images={"streaming": streaming}))
+    assert asked == []
+    for path in ("mnist", "uoft-cs/cifar10", "a_b/c.d-e"):
+        with pytest.raises(FileNotFoundError, match="nobody has it"):
+            StillImages.split(config(path, images={"streaming": streaming}))
+    assert asked == ["mnist", "uoft-cs/cifar10", "a_b/c.d-e"]
+
+
+def test_home_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parquet(tmp_path / "rows/train-0.parquet", range(6))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/a.png").write_bytes(png(picture(0)))
+    assert len(list_images("~/rows", "train", (16, 16))) == len(list_images("~/rows/*.parquet", "train", (16, 16))) == 6
+    own = list_images("~/own", "train", (16, 16))
+    assert own.keys == ("a.png",) and own.notes["from"] == "own"
+    train, _ = StillStream.split(config("~/rows", images={"streaming": True}, holdout=0.5))
+    assert train.length == 6 and len(list(train.one_pass())) == 6
+
+
+def test_a_picture_is_read_and_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list_images(str(parquet(tmp_path / "x.parquet", range(3))), "train", (20, 10))
+    expected = rows.image.view(1).apply(picture(1))
+    calls = []
+    for name in ("decode", "as_bytes"):
+        original = getattr(image_list, name)
+        monkeypatch.setattr(image_list, name, lambda *args, _n=name, _f=original: (calls.append(_n), _f(*args))[1])
+    assert np.array_equal(rows.image(1), expected) and calls == ["as_bytes", "decode"]
 
 
 # ---- samples ------------------------------------------------------------------------------------------------
@@ -254,6 +333,56 @@ def test_windows_need_a_length(tmp_path: Path) -> None:
         StillImages(list_images(str(tmp_path), "train", (16, 16)), config(tmp_path, window_us=0))
 
 
+def test_settings_without_effect(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "x.parquet", range(9))
+    augment = AugmentConfig(flip_x=0.5)
+    with pytest.warns(UserWarning) as caught:
+        StillImages.split(config(path, cache=True, jitter_us=5, augment=augment))
+    ours = [str(w.message) for w in caught if "name=images" in str(w.message)]
+    assert len(ours) == 1 and ours[0].startswith("data.cache=True, data.jitter_us=5, data.augment.flip_x=0.5 has no")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        StillImages.split(config(path))
+    with pytest.raises(ValueError, match="data.clip=true needs a video set"):
+        StillImages.split(config(path, clip=True))
+
+
+def test_whole_holds_nothing_back(tmp_path: Path) -> None:
+    cfg = config(parquet(tmp_path / "x.parquet", range(20)))
+    train, held = StillImages.split(cfg, paired=False)
+    whole = StillImages.whole(cfg, paired=False)
+    assert 0 < len(held) < 20 and sorted(train.listing.keys + held.listing.keys) == sorted(whole.listing.keys)
+    part = whole.subset([7, 3], "part")
+    assert part.listing.keys == ("train/00000007", "train/00000003") and len(whole) == 20
+    for source in (train, held, whole, part):
+        assert "image" not in source.sample(0, None)
+    with pytest.raises(ValueError, match="a stream cannot be mixed"):
+        StillImages.whole(config(tmp_path / "x.parquet", images={"streaming": True}))
+
+
+@pytest.mark.parametrize(("layout", "frames"), [("image_last", "EEEI"), ("interleave", "EIEIEI"), ("events", "EEE")])
+@pytest.mark.parametrize("paired", [True, False])
+def test_sequences_of_pictures(tmp_path: Path, layout: str, frames: str, paired: bool) -> None:
+    cfg = config(parquet(tmp_path / "x.parquet", range(6)), width=20)
+    source = StillImages.whole(cfg, paired=paired)
+    sequences = Sequences(source, SequenceConfig(**{"image_last": 0.0, layout: 1.0}))
+    for rng in (None, np.random.default_rng(0)):
+        batch = collate_sequences([sequences.sample(index, rng) for index in (1, 4)])
+        assert batch["modality"].tolist() == [[{"E": EVENT, "I": IMAGE}[frame] for frame in frames]] * 2
+        assert batch["events"].counts().shape == (6, 2, 16, 20) and batch["valid"].all()
+        assert ("images" in batch) == paired and "image" not in batch
+    if paired:
+        batch = collate_sequences([sequences.sample(index, None) for index in (1, 4)])
+        expected = np.stack([source.sample(index, None)["image"][None] for index in (1, 4)])
+        assert np.array_equal(batch["images"], expected) and expected.shape == (2, 1, 3, 16, 20)
+
+
+def test_pictures_of_other_canvases_do_not_mix() -> None:
+    samples = [film(picture(0), config("unused", size=size), key="a", label=0, number=0, rng=None) for size in (16, 20)]
+    with pytest.raises(ValueError, match="differ in canvas"):
+        collate_stills(samples)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -358,6 +487,51 @@ def test_an_unreadable_row_of_a_stream_is_replaced(tmp_path: Path) -> None:
     assert [len(part["key"]) for step in batches for part in step] == [4, 4]
     with pytest.raises(ValueError, match="max_bad_fraction"):
         steps(train, 0, 2)
+
+
+def test_an_empty_row_of_a_stream_is_a_bad_sample(tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone.png")
+    parquet(tmp_path / "train-0.parquet", range(8), cells={3: None, 6: {"bytes": None, "path": gone}})
+    parquet(tmp_path / "test-0.parquet", range(4), cells={1: None})
+    with pytest.warns(UserWarning, match="1 of 4 rows to evaluate hold no picture"):
+        train, held = StillStream.split(config(tmp_path, eval_split="test", images={"streaming": True, "buffer": 4}))
+    assert held.listing.labels.tolist() == [0, 2, 0]
+    rows = list(train.one_pass())
+    assert [bool(row[1]) for row in rows] == [seed not in (3, 6) for seed in range(8)]
+    for row, name in ((rows[3], "row without a picture, number 1"), (rows[6], gone)):
+        with pytest.raises(BadSample, match="holds no picture") as caught:
+            train.sample_of(row, np.random.default_rng(0))
+        assert caught.value.key == name
+    # The two are counted once each, however many epochs they come in: 20 here, and 2 in 1,000 are allowed.
+    with pytest.warns(UserWarning, match="number 1"):
+        batches = steps(train, 0, 40, max_bad=0.002)
+    assert all(len(part["key"]) == 4 for step in batches for part in step)
+    # Without an evaluation split they are never held out.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, held = StillStream.split(config(tmp_path / "train-0.parquet", holdout=0.6, images={"streaming": True}))
+    assert 0 < len(held) < 7 and all(held.sample(index, None) for index in range(len(held)))
+
+
+def test_labels_of_a_stream(tmp_path: Path) -> None:
+    def split(kind: str, **images) -> list[int]:
+        path = parquet(tmp_path / f"{kind}.parquet", range(6), kind=kind)
+        train, _ = StillStream.split(config(path, holdout=0.5, images={"streaming": True, **images}))
+        return [label for *_, label in train.one_pass()]
+
+    assert split("int32") == split("int64", label_column="label") == [0, 1, 2, 0, 1, 2]
+    with pytest.raises(ValueError, match="column label are string, which have no numbers"):
+        split("string", label_column="label")
+    with pytest.warns(UserWarning, match="this stream has no labels"):
+        assert split("string") == [-1] * 6
+
+
+def test_an_unpaired_stream(tmp_path: Path) -> None:
+    train, held = StillStream.split(
+        config(parquet(tmp_path / "x.parquet", range(12)), images={"streaming": True}), paired=False
+    )
+    batch = steps(train, 0, 1)[0][0]
+    assert "image" not in batch and len(batch["events"]) == 12 and "image" not in held.sample(0, None)
 
 
 @pytest.mark.parametrize("name", ["images", "cifar10"])

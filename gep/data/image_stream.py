@@ -71,8 +71,15 @@ class StillStream:
         names = [split for split in dict.fromkeys((config.train_split, config.eval_split)) if split]
         parts = [cls._open(config, split, paired) for split in names]
         train, other = parts[0], parts[-1]
-        chosen = (row for row in other.one_pass() if row[1] and (config.eval_split or other.held(row)))
-        rows = list(itertools.islice(chosen, images.held_rows))
+        chosen = (row for row in other.one_pass() if config.eval_split or other.held(row))
+        found = list(itertools.islice(chosen, images.held_rows))
+        rows = [row for row in found if row[1]]
+        if len(rows) < len(found):
+            warnings.warn(
+                f"data.images.path={images.path}: {len(found) - len(rows)} of {len(found)} rows to evaluate hold no "
+                "picture and are left out",
+                stacklevel=2,
+            )
         if not rows:
             raise ValueError(f"data.images.path={images.path}: no row to evaluate; set data.holdout higher")
         name = config.eval_split or f"{config.train_split}[held out {config.holdout:g}]"
@@ -176,8 +183,8 @@ def _numbered(kind: Any) -> bool:
 def _refuse_label(config: DataConfig, label: str, kind: Any) -> None:
     """A column that was asked for is an error; one that was found by its name is left out, with a warning."""
     text = (
-        f"data.images.path={config.images.path}: the labels in column {label} are {getattr(kind, 'dtype', kind)}, which "
-        "have no numbers before all rows are read"
+        f"data.images.path={config.images.path}: the labels in column {label} are {getattr(kind, 'dtype', kind)}, "
+        "which have no numbers before all rows are read"
     )
     if config.images.label_column:
         raise ValueError(f"{text}; set data.images.streaming=false, or label_column to a column of integers")

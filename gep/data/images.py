@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from gep.data.bad import BadSample
+from gep.data.boxes import centre, crop, lay_out
 from gep.data.image_list import list_images
 from gep.data.listing import Listing
 from gep.data.sampler import Sample
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from gep.data.config import DataConfig
     from gep.data.image_stream import StillStream
 
-_IDLE = ("cache", "cache_dir", "jitter_us", "augment")  # what belongs to recordings alone
+_IDLE = ("cache", "cache_dir", "jitter_us")  # what belongs to recordings alone
 _STREAM = 0x737469  # keeps the fixed versions' randomness apart from other uses of small seeds
 Pair = tuple[float, float]
 
@@ -127,7 +128,12 @@ class StillImages:
         if config.clip:
             raise ValueError("data.clip=true needs a video set; name=images holds single pictures: unset it")
         default = type(config)()
-        idle = [f"data.{n}={getattr(config, n)}" for n in _IDLE if getattr(config, n) != getattr(default, n)]
+        pairs = [(f"data.{name}", getattr(config, name), getattr(default, name)) for name in _IDLE]
+        pairs += [
+            (f"data.augment.{name}", value, getattr(default.augment, name))
+            for name, value in vars(config.augment).items()
+        ]
+        idle = [f"{name}={value}" for name, value, usual in pairs if value != usual]
         if idle:
             warnings.warn(
                 f"{', '.join(idle)} has no effect on name=images: every sample is decoded and filmed anew, as "
@@ -235,9 +241,9 @@ def film(
         grey = np.asarray(Image.fromarray(picture).convert("L"))
         picture = np.repeat(grey[..., None], 3, axis=2)
     draw = np.random.default_rng([_STREAM, number]) if rng is None else rng
-    box, flip = _centre(picture.shape, canvas), False
+    box, flip = centre(picture.shape, canvas), False
     if rng is not None:
-        box, flip = _crop(box, images, rng), bool(rng.random() < images.flip)
+        box, flip = crop(box, images.crop, images.crop_aspect, rng), bool(rng.random() < images.flip)
     still = lay_out(picture, box, canvas, images.margin, images.outside)
     still = np.ascontiguousarray(still[..., ::-1]) if flip else still
     motion = Wander.draw(
@@ -313,58 +319,7 @@ def vary(sensor: SensorModel, factors: Mapping[str, float], rng: np.random.Gener
     return dataclasses.replace(sensor, **{name: min(value, limits.get(name, value)) for name, value in drawn.items()})
 
 
-# ---- geometry: boxes are (left, top, width, height) in picture pixels, edges at the integers -----------------
-
-
-Box = tuple[float, float, float, float]
-
-
-def lay_out(picture: np.ndarray, box: Box, canvas: tuple[int, int], margin: int, outside: str) -> np.ndarray:
-    """uint8 (3, H + 2 margin, W + 2 margin): the box fills the canvas, and what is around it the margin.
-
-    The part inside the picture is resampled with antialiasing; beyond it lies what `outside` says.
-    """
-    left, top, width, height = box
-    spans = []
-    for begin, extent, cells, side in (
-        (left, width, canvas[1], picture.shape[1]),
-        (top, height, canvas[0], picture.shape[0]),
-    ):
-        step = extent / cells
-        # Whole cells whose middle is inside the picture; at least one.
-        first = max(-margin, math.ceil(-begin / step - 0.5))
-        last = min(cells + margin, math.floor((side - begin) / step + 0.5))
-        first = min(first, cells + margin - 1)
-        last = max(last, first + 1)
-        spans.append((first, last, max(0.0, begin + first * step), min(float(side), begin + last * step)))
-    (x0, x1, u0, u1), (y0, y1, v0, v1) = spans
-    part = Image.fromarray(picture).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box=(u0, v0, u1, v1))
-    mode = {"reflection": "symmetric", "border": "edge", "zeros": "constant"}[outside]
-    pads = ((y0 + margin, canvas[0] + margin - y1), (x0 + margin, canvas[1] + margin - x1), (0, 0))
-    return np.ascontiguousarray(np.pad(np.asarray(part), pads, mode=mode).transpose(2, 0, 1))  # type: ignore[call-overload]
-
-
-def _centre(shape: Sequence[int], canvas: tuple[int, int]) -> Box:
-    """The largest box of the canvas' shape in the middle of the picture."""
-    step = min(shape[0] / canvas[0], shape[1] / canvas[1])
-    width, height = canvas[1] * step, canvas[0] * step
-    return (shape[1] - width) / 2, (shape[0] - height) / 2, width, height
-
-
-def _crop(largest: Box, images: ImagesConfig, rng: np.random.Generator) -> Box:
-    """A random box; inside the picture where it fits, else about its middle."""
-    left, top, width, height = largest
-    share = rng.uniform(*images.crop)
-    aspect = images.crop_aspect ** rng.uniform(-0.5, 0.5)
-    own_width, own_height = width * math.sqrt(share) * aspect, height * math.sqrt(share) / aspect
-    whole = (2 * left + width, 2 * top + height)
-    if share <= 1:
-        own_width, own_height = min(own_width, whole[0]), min(own_height, whole[1])
-    places = [
-        rng.random() * (side - own) if own <= side else (side - own) * (0.5 + rng.uniform(-0.25, 0.25))
-        for side, own in zip(whole, (own_width, own_height))
-    ]
-    return places[0], places[1], own_width, own_height
+# ---- what the camera sees ------------------------------------------------------------------------------
 
 
 def _beyond(outside: str) -> Outside:

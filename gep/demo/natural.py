@@ -7,7 +7,6 @@ that set and from photographs, the camera moving at random. Probes read recordin
 from __future__ import annotations
 
 import dataclasses
-import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -24,6 +23,7 @@ from downstream.common import Pool, extract, pixel_features
 from downstream.metrics import mean_std
 from downstream.recognition.run import write_json
 from downstream.recognition.task import ProbeConfig, kshot
+from gep import config
 from gep.data.build import build
 from gep.data.config import DataConfig
 from gep.data.image_list import list_images
@@ -37,6 +37,7 @@ from gep.evaluate import collect
 from gep.events.represent import Histogram
 from gep.hub import GEPModel
 from gep.models.teacher import FrozenVFM
+from stage1_align.task import Stage1Config
 
 SHOTS = [5, 20, 50]
 CANVAS = 72  # px: an object that fills a third of the view is then as large as the pictures that stage 1 saw
@@ -95,18 +96,7 @@ class Natural:
         torch.manual_seed(self.seed)
         teacher = self.out / "teacher" / "export"
         top1 = train_classifier(str(self.cifar10), teacher, steps=self.size.teacher_steps, seed=self.seed)
-        stage1 = stage1_align.run.main(
-            [
-                str(resources.files("gep.demo").joinpath("natural.yaml")),
-                f"data.mix.cifar10.images.path={self.cifar10}",
-                f"data.mix.photos.images.path={self.photos}",
-                f"teacher.name=export:{teacher}",
-                f"run={self.out / 'stage1'}",
-                f"train.steps={self.size.stage1_steps}",
-                f"train.seed={self.seed}",
-                *self.options,
-            ]
-        )
+        stage1 = stage1_align.run.main(self._stage1(teacher))
         export = self.out / "stage1" / "export"
         results: dict[str, Any] = {
             "teacher": {"top1": top1},
@@ -120,11 +110,10 @@ class Natural:
 
     def _look(self) -> None:
         """Lists every input once, so that a mistyped path does not wait for the end of training to be found."""
-        for name, path, splits in (("cifar10", self.cifar10, ("train", "test")), ("photos", self.photos, ("train",))):
-            if not path.exists() and not glob.glob(str(path)):
-                raise FileNotFoundError(f"--{name} {path}: no such file or folder")
-            for split in splits:
-                list_images(str(path), split, (36, 36))
+        for split in ("train", "test"):
+            if not list_images(str(self.cifar10), split, (CANVAS, CANVAS)).classes:
+                raise ValueError(f"--cifar10 {self.cifar10}: its pictures of {split} have no labels")
+        build(config.load(Stage1Config, self._stage1(self.out / "teacher" / "export")).data, paired=True)
         for split in (TRAIN, TEST):
             try:
                 listing = list_recordings("folder", self.objects, split, DataConfig(**self._samples()))
@@ -139,6 +128,19 @@ class Natural:
                 raise type(error)(f"--frames: {error}") from error
             if framed.image is None:
                 raise ValueError(f"--frames {self.frames}: its recordings have no pictures (images/ beside the events)")
+
+    def _stage1(self, teacher: Path) -> list[str]:
+        """Stage 1's command line."""
+        return [
+            str(resources.files("gep.demo").joinpath("natural.yaml")),
+            f"data.mix.cifar10.images.path={self.cifar10}",
+            f"data.mix.photos.images.path={self.photos}",
+            f"teacher.name=export:{teacher}",
+            f"run={self.out / 'stage1'}",
+            f"train.steps={self.size.stage1_steps}",
+            f"train.seed={self.seed}",
+            *self.options,
+        ]
 
     def _samples(self) -> dict[str, Any]:
         """Which samples of the objects' recordings there are, as settings of data."""
@@ -161,11 +163,11 @@ class Natural:
         train, test = build(data, paired=False)
         assert isinstance(train, Recordings) and isinstance(test, Recordings)
         accelerator = make_accelerator(TrainConfig(seed=self.seed, batch_size=64), self.out)
-        config, classes = ProbeConfig(shots=SHOTS, seed=self.seed), len(test.listing.classes)
+        settings, classes = ProbeConfig(shots=SHOTS, seed=self.seed), len(test.listing.classes)
         table: dict[str, Any] = {"train": train.describe(), "test": test.describe()}
 
         def probe(features: Any) -> dict[str, list[float] | None]:
-            return kshot(features(train), features(test), classes, config)
+            return kshot(features(train), features(test), classes, settings)
 
         def pixels(cells: tuple[int, int]) -> Any:
             def features(source: Recordings) -> tuple[torch.Tensor, torch.Tensor]:
