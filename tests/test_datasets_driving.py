@@ -16,6 +16,8 @@ from gep.data.listing import Listing
 from gep.data.mvsec import _inverse
 from gep.data.options import ListingOptions
 from gep.data.registry import list_recordings, recognise
+from gep.data.shard_write import write_shards
+from gep.data.shards import open_shards
 from gep.events.types import Events
 
 pytest.importorskip("h5py")
@@ -311,6 +313,31 @@ def test_eventscape(tmp_path: Path) -> None:
     (home.parent.parent / "rgb" / "data" / "05_000_0001_image.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no 05_000_0001_\*"):
         list_recordings("eventscape", tmp_path / "b", "test")
+
+
+def test_eventscape_holds_out_whole_sequences_and_so_do_its_shards(tmp_path: Path) -> None:
+    drive.write_eventscape(tmp_path / "set", sequences=6, files=2, count=20)
+    listing = list_recordings("eventscape", tmp_path / "set", "val")
+    assert listing.groups[:3] == ("Town05_val/sequence_0",) * 2 + ("Town05_val/sequence_1",)
+    kept, held = listing.hold_out(0.5)
+    assert not set(kept.groups) & set(held.groups) and len(kept) and len(held)
+    write_shards(listing, tmp_path / "shards", samples_per_shard=5)
+    again = open_shards(tmp_path / "shards", "val").hold_out(0.5)
+    assert [part.keys for part in again] == [kept.keys, held.keys]
+
+
+@pytest.mark.parametrize("name", ["dsec", "mvsec"])
+def test_video_sets_hold_out_whole_sequences(name: str, tmp_path: Path) -> None:
+    if name == "dsec":
+        drive.write_dsec(tmp_path, ("zurich_city_00_a", "zurich_city_12_a"), pictures=3)
+        listing = list_recordings(name, tmp_path, "all")
+    else:
+        drive.write_mvsec(tmp_path / "n", ("outdoor_night1", "outdoor_night3"), frames=3, count=300)
+        listing = list_recordings(name, tmp_path, "test")
+    assert len(set(listing.files)) == 2
+    for fraction in np.linspace(0.05, 0.95, 19):
+        kept, held = listing.hold_out(float(fraction))
+        assert not set(kept.files) & set(held.files)
 
 
 # ---- all of them ------------------------------------------------------------------------------------

@@ -14,7 +14,10 @@ from PIL import Image
 from gep.data.describe import describe_path, facts
 from gep.data.options import ListingOptions
 from gep.data.registry import list_recordings
+from gep.events.io import opened
 from gep.events.io.bin import write_bin
+from gep.events.io.dat import write_dat
+from gep.events.io.npz import write_npz
 from gep.events.io.source import InMemory
 from gep.events.types import Events
 
@@ -76,6 +79,45 @@ def test_cut_into_samples(tmp_path: Path) -> None:
     overlapping = listed(tmp_path, sample_us=300_000, sample_stride_us=100_000)
     assert np.diff(overlapping.spans[:, 0]).tolist() == [100_000] * (len(overlapping) - 1)
     assert overlapping.spans[-1, 1] <= end < overlapping.spans[-1, 1] + 100_000
+
+
+def test_samples_of_one_recording_are_held_out_together(tmp_path: Path) -> None:
+    names = tuple(f"{'ab'[k % 2]}/{k}.bin" for k in range(8))
+    layouts.write_folder(tmp_path, names, duration=1_000_000)
+    before = listed(tmp_path, sample_us=250_000)
+    kept, held = before.hold_out(0.5)
+    assert not set(kept.files) & set(held.files) and len(kept) and len(held)
+    layouts.write_folder(tmp_path, ("0/new.bin",), duration=1_000_000)
+    again = listed(tmp_path, sample_us=250_000)
+    assert len(again) > len(before) and set(again.hold_out(0.5)[1].keys) & set(before.keys) == set(held.keys)
+    # A class that is there alone is named as it is among others.
+    layouts.write_folder(tmp_path / "few", names[1::2], duration=1_000_000)
+    few = listed(tmp_path / "few", sample_us=250_000)
+    assert set(few.hold_out(0.5)[1].keys) == set(held.keys) & set(few.keys)
+
+
+def test_recordings_stay_open_while_they_are_few(tmp_path: Path) -> None:
+    for k in range(10):
+        write_npz(tmp_path / f"{k}.npz", layouts.random_events(k, 20, 1000, 24, 32))
+    for k in range(66):
+        write_dat(tmp_path / f"{k}.dat", layouts.random_events(k, 20, 1000, 24, 32))
+    mapped = [opened(tmp_path / f"{k}.dat") for k in range(64)]
+    whole = [opened(tmp_path / f"{k}.npz") for k in range(10)]
+    assert all(isinstance(source, InMemory) for source in whole) and not isinstance(mapped[0], InMemory)
+    # The one kind does not push the other out; of each the oldest go first.
+    assert all(opened(tmp_path / f"{k}.dat") is mapped[k] for k in range(64))
+    same = [opened(tmp_path / f"{k}.npz") is whole[k] for k in range(9, -1, -1)]
+    assert same == [True] * 8 + [False] * 2
+    assert opened(tmp_path / "5.npz", height=34, width=34) is not whole[5], "another sensor size"
+    opened(tmp_path / "64.dat")
+    assert opened(tmp_path / "1.dat") is mapped[1] and opened(tmp_path / "0.dat") is not mapped[0]
+    write_dat(tmp_path / "63.dat", layouts.random_events(1, 30, 1000, 24, 32))
+    assert len(opened(tmp_path / "63.dat")) == 30 and len(mapped[63]) == 20
+
+
+def test_images_are_no_recordings(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.name=images data\.images\.path="):
+        list_recordings("images", tmp_path, "train")
 
 
 def test_ranges_are_disjoint_and_nothing_straddles_a_border(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from gep.events.represent import Histogram
 from gep.events.sensor import NATURAL_SENSOR
 
 datasets = pytest.importorskip("datasets")
+pq = pytest.importorskip("pyarrow.parquet")
 CLASSES = ["bird", "cat", "dog"]
 
 
@@ -69,7 +70,7 @@ def parquet(
     labels = [str(seed % 3) if kind == "string" else seed % 3 for seed in seeds]
     rows = datasets.Dataset.from_dict({"img": pictures, "label": labels}, features=features)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_parquet(path)
+    pq.write_table(rows.data.table, path)  # `to_parquet` would read the files that cells name
     return path
 
 
@@ -168,7 +169,7 @@ def test_a_mistyped_path_never_goes_to_the_hub(
         "~/a",
         "a/b/c",
         "pictures/",
-        r"data\\a",
+        r"data\a",
         "a*",
         "a b",
         "a/b/*.jpg",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import pickle
 import threading
 import time
 from dataclasses import replace
@@ -175,11 +177,39 @@ def test_other_addresses_go_through_fsspec(copied: Path, tmp_path: Path) -> None
         memory.pipe(f"/bucket/{path.name}", path.read_bytes())
     try:
         assert_is(open_shards("memory://bucket", cache=tmp_path / "cache"), make())
+        for number in (0, 1):
+            foreign_tar(tmp_path / "x.tar", ("0.events.arrow", to_bytes(events_of(number))))
+            memory.pipe("/bucket/x.tar", (tmp_path / "x.tar").read_bytes())
+            found = open_shards("memory://bucket/x.tar", cache=tmp_path / "cache")
+            assert_same(found.source(0).read(), events_of(number))
         with pytest.raises(FileNotFoundError, match="memory://none/index.json"):
             open_shards("memory://none", cache=tmp_path / "cache")
     finally:
         memory.rm("/bucket", recursive=True)
     assert_is(open_shards(copied.as_uri()), make())
+
+
+def test_a_tar_without_an_index_is_fetched_again_once_the_server_has_another(server, copied: Path, tmp_path: Path):
+    url, cache = f"http://127.0.0.1:{server.server_port}/x.tar", tmp_path / "cache"
+
+    def put(number: int, seconds: int) -> None:
+        foreign_tar(copied / "x.tar", ("0.events.arrow", to_bytes(events_of(number))))
+        os.utime(copied / "x.tar", (seconds, seconds))
+
+    put(0, 1_000_000)
+    first = open_shards(url, cache=cache)
+    assert_same(first.source(0).read(), events_of(0))
+    assert_same(open_shards(url, cache=cache).source(0).read(), events_of(0))
+    assert server.asked.count("/x.tar") == 1
+    put(1, 2_000_000)
+    assert_same(open_shards(url, cache=cache).source(0).read(), events_of(1))
+    assert server.asked.count("/x.tar") == 2
+    # Who has opened the old one keeps it, in data workers too.
+    assert_same(pickle.loads(pickle.dumps(first)).source(0).read(), events_of(0))
+    assert server.asked.count("/x.tar") == 2
+    (copied / "x.tar").unlink()  # out of reach: what was used last has to do
+    assert_same(open_shards(url, cache=cache).source(0).read(), events_of(0))
+    assert server.asked.count("/x.tar") == 2
 
 
 def test_hf_addresses_are_the_hubs_file_system(monkeypatch: pytest.MonkeyPatch, copied: Path, tmp_path: Path) -> None:

@@ -206,10 +206,40 @@ def test_a_damaged_image_is_a_bad_sample():
         Recordings(listing(image=Broken()), DataConfig(**CANVAS), paired=True).sample(0, None)
 
 
-def test_hold_out_keeps_a_recording_on_one_side():
-    files = tuple(Path(f"seq/{number}.x") for number in range(40) for _ in range(3))
+def many(key: str, root: str = "seq", **changes) -> Listing:
+    """40 recordings of three spans each."""
+    files = tuple(Path(f"{root}/{number:02d}.x") for number in range(40) for _ in range(3))
     spans = np.tile(np.arange(3)[:, None] * 10 + [0, 10], (40, 1))
-    many = Listing("video", "train", tuple(f"{f}/{i}" for i, f in enumerate(files)), files, np.full(120, -1), (), SIZE,
-                   spans=spans)  # fmt: skip
-    kept, held = many.hold_out(0.3)
-    assert not set(kept.files) & set(held.files) and len(kept) + len(held) == 120 and len(held) > 0
+    keys = tuple(key.format(file.name, 100 * (i % 3)) for i, file in enumerate(files))
+    found = Listing("video", "train", keys, files, np.full(120, -1), (), SIZE, spans=spans)
+    return dataclasses.replace(found, **changes)
+
+
+FORMS = [
+    ("a/{0}#im@{1}#x", "end"),
+    ("a/{0}@{1}-200", "start"),
+    ("{0}/{1}", "end"),
+    ("t@b/{0}/{1}", "end"),
+]
+
+
+@pytest.mark.parametrize(("key", "anchor"), FORMS)
+def test_hold_out_keeps_a_recording_on_one_side(key: str, anchor: str):
+    whole = many(key, anchor=anchor)
+    kept, held = whole.hold_out(0.3)
+    assert not set(kept.files) & set(held.files) and len(kept) + len(held) == 120
+    assert 12 <= len(held) <= 66  # 36 +- 3.5 standard deviations of whole recordings
+    # Other recordings, and where the set lies, change nothing.
+    elsewhere = many(key, "other/place", anchor=anchor).subset(np.arange(30, 75), "few")
+    assert set(elsewhere.hold_out(0.3)[1].keys) == set(held.keys) & set(elsewhere.keys)
+    # Nor does it matter that shards hold no files of the set's own.
+    assert dataclasses.replace(whole, files=()).hold_out(0.3)[1].keys == held.keys
+
+
+def test_hold_out_goes_by_groups_where_a_listing_has_them():
+    groups = tuple(f"drive {i // 12}" for i in range(120))
+    whole = many("{0}@{1}", spans=None, groups=groups)
+    kept, held = whole.hold_out(0.4)
+    assert not set(kept.groups) & set(held.groups) and set(kept.groups) | set(held.groups) == set(groups)
+    assert held.subset([0], "one").groups == held.groups[:1]
+    assert len(many("{0}@{1}", spans=None).hold_out(0.4)[1]) % 3, "without groups or spans each sample is its own"

@@ -125,8 +125,10 @@ class StillStream:
                 key = f"{zlib.crc32(data):08x}"
             except (ValueError, OSError):
                 # Named by what is the same in every epoch, so that one bad row is counted once.
-                empty += 1
-                data, key = b"", (row[self.image] or {}).get("path") or f"row without a picture, number {empty}"
+                data, key = b"", str((row[self.image] or {}).get("path") or "")
+                if not key:
+                    empty += 1
+                    key = f"row without a picture, number {empty}"
             label = row[self.label] if self.label else None
             yield key, data, -1 if label is None else int(label)
 

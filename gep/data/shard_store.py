@@ -121,7 +121,7 @@ class Store:
         state = self.states[address]
         if state:
             return f"{stem}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
-        # The server cannot be asked: what was fetched last has to do.
+        # The server cannot be asked: what was used last has to do.
         known = sorted(self.cache.glob(f"{stem}*.tar"), key=lambda path: path.stat().st_mtime_ns)
         return known[-1].stem if known else stem
 

@@ -195,10 +195,13 @@ class Natural:
         table["stage1"] = probe(encoded)
         for cells in _GRIDS:
             table[f"pixels {cells[0]}x{cells[1]}"] = probe(pixels(cells))
-        table["scratch"] = {str(shots): self._scratch(export, data, shots) for shots in SHOTS}
+        smallest = int(np.bincount(train.listing.labels, minlength=classes).min())
+        table["scratch"] = {
+            str(shots): self._scratch(export, data, shots, classes) if shots <= smallest else None for shots in SHOTS
+        }
         return table
 
-    def _scratch(self, export: Path, data: DataConfig, shots: int) -> list[float]:
+    def _scratch(self, export: Path, data: DataConfig, shots: int, classes: int) -> list[float]:
         """[mean, standard deviation] of top-1 (%) over draws."""
         names = ("name", "root", "train_split", "eval_split", "label_from", "sample_us", "cache",
                  "height", "width", "windows", "window_us")  # fmt: skip
@@ -218,7 +221,7 @@ class Natural:
                     "optim.weight_decay=0.05",
                     "optim.warmup_steps=10",
                     f"train.steps={self.size.scratch_steps * (10 + shots) // 20}",
-                    "train.batch_size=30",
+                    f"train.batch_size={min(30, shots * classes)}",
                     f"train.seed={self.seed + draw}",
                     "train.save_every=0",
                     "train.progress=false",
