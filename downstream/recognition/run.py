@@ -27,7 +27,7 @@ from downstream.recognition.task import (
 )
 from gep import config, export
 from gep.checkpoint import prepare_run_dir
-from gep.data.build import batches_of, build, roots, subset_of, take_over
+from gep.data.build import batches_of, build, roots, take_over
 from gep.data.config import DataConfig
 from gep.data.fewshot import draw_shots
 from gep.data.paired import Recordings, collate
@@ -109,7 +109,7 @@ def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelera
     train_set, test_set = build(data, paired=False)
     if cfg.shots:
         chosen, _ = draw_shots(train_set.listing.labels, cfg.shots, seed=cfg.probe.seed, draw=cfg.draw)
-        train_set = subset_of(train_set, chosen, f"{train_set.listing.split}[{cfg.shots} shots, draw {cfg.draw}]")
+        train_set = train_set.subset(chosen, f"{train_set.listing.split}[{cfg.shots} shots, draw {cfg.draw}]")
     accelerator.print(f"learn on {train_set.listing.describe()}\ntest on {test_set.listing.describe()}")
     task = FinetuneTask(
         model,
@@ -120,7 +120,7 @@ def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelera
         label_smoothing=cfg.label_smoothing,
     )
     scratch = cfg.mode == "scratch"
-    start = subset_of(train_set, _evenly(len(train_set), _START_SAMPLES), "start of the head")
+    start = train_set.subset(_evenly(len(train_set), _START_SAMPLES), "start of the head")
     features, labels = extract(
         model,
         start,

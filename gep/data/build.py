@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from gep.data.config import DataConfig
 from gep.data.image_stream import StillStream, StreamBatches
 from gep.data.images import StillImages
@@ -105,13 +103,6 @@ def batches_of(
     return kind.of_run(source, collate, train, data.max_bad_fraction)
 
 
-def subset_of(source: Recordings | StillImages, indices: Sequence[int] | np.ndarray, split: str) -> Any:
-    """Some of a set's samples, in that order, under the name `split`."""
-    if isinstance(source, Recordings):
-        return source.subset(indices, split)
-    return StillImages(source.listing.subset(indices, split), source.config)
-
-
 def represent_of(represent: Representation, data: DataConfig) -> Representation | PerSource:
     """The representation; in a mix with statistics of their own, one a source behind one face.
 
@@ -134,7 +125,7 @@ def roots(data: DataConfig) -> tuple[str, ...]:
 
 def _build_one(config: DataConfig, *, paired: bool) -> tuple[Recordings | StillImages, Recordings | StillImages]:
     if config.name == "images":
-        return StillImages.split(config)
+        return StillImages.split(config, paired=paired)
     listing = list_recordings(config.name, config.root, config.train_split, config)
     if config.eval_split:
         train, held = listing, list_recordings(config.name, config.root, config.eval_split, config)
@@ -151,7 +142,7 @@ def _build_one(config: DataConfig, *, paired: bool) -> tuple[Recordings | StillI
 
 def _train_only(config: DataConfig, *, paired: bool) -> Recordings | StillImages | StillStream:
     if config.name == "images":
-        return StillImages.split(config)[0]
+        return StillImages.whole(config, paired=paired)
     return Recordings(list_recordings(config.name, config.root, config.train_split, config), config, paired=paired)
 
 
