@@ -319,10 +319,10 @@ def test_eventscape_holds_out_whole_sequences_and_so_do_its_shards(tmp_path: Pat
     drive.write_eventscape(tmp_path / "set", sequences=6, files=2, count=20)
     listing = list_recordings("eventscape", tmp_path / "set", "val")
     assert listing.groups[:3] == ("Town05_val/sequence_0",) * 2 + ("Town05_val/sequence_1",)
-    kept, held = listing.hold_out(0.5)
+    kept, held = listing.hold_out(0.3)
     assert not set(kept.groups) & set(held.groups) and len(kept) and len(held)
     write_shards(listing, tmp_path / "shards", samples_per_shard=5)
-    again = open_shards(tmp_path / "shards", "val").hold_out(0.5)
+    again = open_shards(tmp_path / "shards", "val").hold_out(0.3)
     assert [part.keys for part in again] == [kept.keys, held.keys]
 
 

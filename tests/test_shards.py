@@ -61,7 +61,9 @@ def test_what_was_written_is_read_back(folder: Path) -> None:
     part = listing.subset([7, 3], "part")
     assert_same(part.source(1).read(), events_of(3))
     assert sorted(path.name for path in folder.iterdir()) == ["index.json"] + [f"shard-{i:06d}.tar" for i in range(5)]
-    with pytest.raises(ValueError, match=r"split 'train', 'val' was asked for; set data\.train_split=train \(and data\.eval_split\)"):
+    with pytest.raises(
+        ValueError, match=r"split 'train', 'val' was asked for; set data\.train_split=train \(and data\.eval_split\)"
+    ):
         open_shards(folder, "val")
     assert len(open_shards(folder.parent, "train")) == len(open_shards(f"{folder.parent}/{{split}}", "train")) == 23
 

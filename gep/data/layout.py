@@ -29,7 +29,14 @@ class ImageFiles:
         return self.views[index] if self.views else View(self.sensor)
 
     def __call__(self, index: int) -> np.ndarray:
-        return self.view(index).apply(decode(self.encoded(index)[0], str(self.paths[index])))
+        picture = decode(self.encoded(index)[0], str(self.paths[index]))
+        try:
+            return self.view(index).apply(picture)
+        except (ValueError, RuntimeError) as error:
+            size = "x".join(str(side) for side in picture.shape[:2])
+            raise ValueError(
+                f"{self.paths[index]}: {size} pixels do not go into the sensor's view ({error})"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Natural:
             except (ValueError, OSError) as error:
                 raise type(error)(f"--objects: {error}") from error
             if len(listing.classes) < 2:
-                raise ValueError(f"--objects {self.objects}: recordings of {len(listing.classes)} class(es); at least 2")
+                raise ValueError(f"--objects {self.objects}: of {len(listing.classes)} class(es); give at least 2")
         if self.frames is not None:
             try:
                 framed = list_recordings("folder", self.frames, "all")
@@ -253,8 +253,9 @@ class Natural:
             "mean": (tokens.mean(dim=1), pictures.mean(dim=1)),
             "tokens": (tokens.flatten(1), pictures.flatten(1)),
         }.items():
-            # What all views of one camera share tells nothing apart.
-            events, images = (F.normalize(side - side.mean(dim=0), dim=-1) for side in (events, images))
+            # What all views of one camera share tells nothing apart; a single query has nothing to share it with.
+            mean = events.mean(dim=0) if len(events) > 2 else 0.0
+            events, images = F.normalize(events - mean, dim=-1), F.normalize(images - images.mean(dim=0), dim=-1)
             similarity = events @ images.T
             ahead = (similarity >= similarity.diagonal()[:, None]).sum(dim=1) - 1
             found |= {f"{name}_r{k}": 100 * (ahead < k).float().mean().item() for k in (1, 5)}

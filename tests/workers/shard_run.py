@@ -17,7 +17,7 @@ from gep.data.shards import open_shards
 def batches(url: str, rank: int, num_workers: int) -> Batches:
     """Batches of 8 over two ranks, in two micro-batches each, with augmentation left at its defaults."""
     config = DataConfig(height=24, width=32, windows=2, window_us=0)
-    source = Recordings(open_shards(url), config, paired=True)
+    source = Recordings(open_shards(url), config, paired=True, targets=True)
     return Batches(
         source, collate=collate, batch_size=8, accumulate=2, seed=5, rank=rank, world_size=2, num_workers=num_workers
     )
