@@ -94,12 +94,16 @@ class Rasterised:
         return {"frames": VoxelGrid(BINS)(collate(samples)["events"])}
 
 
-def gep_loader(listing: Listing, batch_size: int, workers: int, in_worker: bool) -> Iterator[object]:
+def gep_loader(listing: Listing, batch_size: int, workers: int, in_worker: bool, threads: int = 0) -> Iterator[object]:
     """Endless batches of grids (B, 5, 224, 224)."""
     config = DataConfig(height=CANVAS[0], width=CANVAS[1], fit="resize", windows=1, window_us=0, num_events=EVENTS)
     source = Recordings(listing, config, paired=False)
     batches = Batches(
-        source, collate=Rasterised() if in_worker else collate, batch_size=batch_size, num_workers=workers
+        source,
+        collate=Rasterised() if in_worker else collate,
+        batch_size=batch_size,
+        num_workers=workers,
+        threads=threads,
     )
     represent = VoxelGrid(BINS)
     for (batch,) in batches(0):
@@ -206,12 +210,16 @@ def main(argv: list[str] | None = None) -> int:
             )
 
         loaders: dict[str, Callable[[], Iterator[object]]] = {"plain NumPy": plain}
-        ways = {"npz files": files, "converted files": arrows}
+        ways = {"npz files": files, "npz files, decoded once (data.cache_dir)": arrows}
         ways |= {"shards, lz4": shards["lz4"], "shards, plain": shards["none"]}
         for name, listing in ways.items():
             for place, inside in (("worker", True), ("main process", False)):
                 loaders[f"{name}; grid in the {place}"] = lambda listing=listing, inside=inside: gep_loader(
                     listing, args.batch_size, args.workers, inside
+                )
+            for threads in (1, 2):
+                loaders[f"{name}; {threads} thread{'s' * (threads > 1)}, grid in the main one"] = (
+                    lambda listing=listing, threads=threads: gep_loader(listing, args.batch_size, 0, False, threads)
                 )
         rounds = [
             {name: rate(loader, args.batch_size, args.samples) for name, loader in loaders.items()}

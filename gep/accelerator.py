@@ -38,6 +38,8 @@ class TrainConfig:
     """seed of initial weights, dropout and data order"""
     num_workers: int = 0
     """data loading processes per training process; 0 loads in the training process"""
+    threads: int = 0
+    """data threads a process in place of num_workers: faster for shards and .arrow recordings"""
     log_every: int = 10
     """steps between lines of metrics.jsonl"""
     eval_every: int = 0
@@ -61,7 +63,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a whole number >= 1")
-        for name in ("seed", "num_workers", "eval_every", "save_every", "keep_checkpoints"):
+        for name in ("seed", "num_workers", "threads", "eval_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a whole number >= 0")
         if self.batch_size % self.accumulate:

@@ -28,6 +28,7 @@ MAY_DIFFER = (
     "run",
     "run_dir",
     "num_workers",
+    "train.threads",
     "train.resume",
     "train.log_every",
     "train.progress",

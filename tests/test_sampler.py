@@ -85,3 +85,20 @@ def test_evaluation_visits_each_once_over_ranks(count: int, world: int) -> None:
         for marks, batch in batches:
             assert all(mark in (-1, index) for mark, index in zip(marks, batch["index"]))
             assert batch["noise"] == [None] * len(marks)
+
+
+def test_threads_give_the_same_batches_and_end_with_the_stream():
+    import threading
+
+    from tests.test_mix import Numbers, keys
+
+    def take(**how):
+        stream = Batches(Numbers("a", 40), collate=keys, batch_size=8, accumulate=2, seed=3, **how)(5)
+        found = [next(stream) for _ in range(12)]
+        stream.close()
+        return found
+
+    assert take(threads=2) == take()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("data")]
+    with pytest.raises(ValueError, match="use one of the two"):
+        Batches(Numbers("a", 40), collate=keys, batch_size=8, threads=1, num_workers=1)

@@ -84,7 +84,7 @@ def test_every_damaged_member_is_named_and_the_others_read(copied: Path) -> None
         reader(open_shards(copied))
 
 
-def test_training_goes_on_with_the_next_sample_up_to_the_share_allowed(copied: Path) -> None:
+def test_training_goes_on_with_another_sample_up_to_the_share_allowed(copied: Path) -> None:
     name, members = members_of(copied, "b/4")
     data = bytearray((copied / name).read_bytes())
     data[members["png"][0] + 9] ^= 1
@@ -95,10 +95,10 @@ def test_training_goes_on_with_the_next_sample_up_to_the_share_allowed(copied: P
         batches = Batches(source, collate=collate, batch_size=23, max_bad=max_bad)
         return sorted(key for (batch,) in itertools.islice(batches(0), 1) for key in batch["key"])
 
-    with pytest.warns(UserWarning, match="skipped unreadable sample 1 of .*: sample b/4: .*b/4.png: byte"):
+    with pytest.warns(UserWarning, match=r"skipped unreadable sample 1 \(of .*: sample b/4: .*b/4.png: byte"):
         found = keys(0.01)
-    successor = source.listing.keys[source.listing.keys.index("b/4") + 1]
-    assert found == sorted([*(key for key in make().keys if key != "b/4"), successor])
+    kept = [key for key in make().keys if key != "b/4"]
+    assert len(found) == 23 and set(found) == set(kept)  # one of the others twice, in the place of the bad one
     with pytest.raises(ValueError, match="max_bad_fraction=0: sample b/4"):
         keys(0.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -113,23 +114,33 @@ def find_format(path: str | Path) -> Format:
     raise EventFormatError(f"{path}: byte 0: unknown event format; known are {known}")
 
 
+_lock = threading.Lock()
 _kept: tuple[OrderedDict[tuple, EventSource], ...] = (OrderedDict(), OrderedDict())
 
 
 def opened(path: str | Path, *, height: int | None = None, width: int | None = None) -> EventSource:
-    """`open_events`, kept open: the sources used last in this process are shared and must not be closed."""
+    """`open_events`, kept open: the sources used last by this thread are shared and must not be closed."""
     path = Path(path)
     # A file that was replaced is opened anew.
     state = path.stat() if path.exists() else None
-    key = (os.getpid(), (state.st_size, state.st_mtime_ns) if state else None, path, height, width)
-    for sources in _kept:
-        if key in sources:
-            sources.move_to_end(key)
-            return sources[key]
+    key = (
+        os.getpid(),
+        threading.get_ident(),
+        (state.st_size, state.st_mtime_ns) if state else None,
+        path,
+        height,
+        width,
+    )
+    with _lock:
+        for sources in _kept:
+            if key in sources:
+                sources.move_to_end(key)
+                return sources[key]
     source = open_events(path, height=height, width=width)
     whole = isinstance(source, InMemory)
     sources = _kept[whole]
-    sources[key] = source
-    if len(sources) > (_WHOLE if whole else _OPEN):
-        sources.popitem(last=False)  # not closed: a caller may still read from it
+    with _lock:
+        sources[key] = source
+        if len(sources) > (_WHOLE if whole else _OPEN):
+            sources.popitem(last=False)  # not closed: a caller may still read from it
     return source
