@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
+import numba
 import numpy as np
 import torch
 
@@ -32,6 +33,16 @@ def centred(source: tuple[int, int], size: tuple[int, int]) -> Box:
     # Truncation, not floor, so that the odd pixel is at the end for padding as for cropping.
     top, left = (int((inner - outer) / 2) for inner, outer in zip(source, size))
     return (top, left, *size)
+
+
+@numba.njit(nogil=True, cache=True)
+def _gather(rows, columns, y, x):
+    """rows[y] and columns[x] in one pass."""
+    new_y, new_x = np.empty(len(y), np.uint16), np.empty(len(x), np.uint16)
+    for i in range(len(y)):
+        new_y[i] = rows[y[i]]
+        new_x[i] = columns[x[i]]
+    return new_y, new_x
 
 
 @dataclass(frozen=True)
@@ -153,26 +164,24 @@ class Transform:
         if not windows:
             return [], bounds
         # All windows at once: on small windows the time goes into calls, not into events.
-        t, x, y, p = (np.concatenate([getattr(w, name) for w in windows]) for name in "txyp")
+        if len(windows) == 1:
+            t, x, y, p = (getattr(windows[0], name) for name in "txyp")
+        else:
+            t, x, y, p = (np.concatenate([getattr(w, name) for w in windows]) for name in "txyp")
         offsets = np.zeros(len(windows) + 1, np.int64)
         np.cumsum([len(window) for window in windows], out=offsets[1:])
         begin, end = int(bounds[:, 0].min()), int(bounds[:, 1].max())
         rng = np.random.default_rng(self.seed) if self.event_drop or self.noise else None
 
-        y, x = self._move(y, x)
-        kept = (y | x) >= 0
-        top, left, rows, columns = self.area_drop
-        if rows and columns:
-            kept &= (y < top) | (y >= top + rows) | (x < left) | (x >= left + columns)
-        if self.time_drop[1] > self.time_drop[0]:
-            first, last = (begin + round(part * (end - begin)) for part in self.time_drop)
-            kept &= (t < first) | (t >= last)
-        if self.event_drop:
-            kept &= rng.random(len(t), np.float32) >= self.event_drop
-        if not kept.all():
-            t, x, y, p = (array[kept] for array in (t, x, y, p))
-            offsets = np.concatenate([[0], np.cumsum(kept)])[offsets]
-        x, y = x.astype(np.uint16), y.astype(np.uint16)
+        if self._keeps_all:
+            y, x = _gather(*self._inside, y, x)
+        else:
+            y, x = self._move(y, x)
+            kept = self._kept(t, y, x, begin, end, rng)
+            if not kept.all():
+                t, x, y, p = (array[kept] for array in (t, x, y, p))
+                offsets = np.concatenate([[0], np.cumsum(kept)])[offsets]
+            x, y = x.astype(np.uint16), y.astype(np.uint16)
         if self.flip_polarity != self.reverse_time:
             p = p ^ np.uint8(1)
         height, width = self.size
@@ -190,6 +199,33 @@ class Transform:
             ]
             bounds = mirror - bounds[::-1, ::-1]
         return moved, bounds
+
+    @property
+    def _keeps_all(self) -> bool:
+        """Whether no event can be lost: nothing is dropped, and no sensor pixel leaves the output."""
+        drops = self.event_drop or self.time_drop[1] > self.time_drop[0] or (self.area_drop[2] and self.area_drop[3])
+        return not (self._turns or drops) and all(int(table.min()) >= 0 for table in self._tables)
+
+    @cached_property
+    def _inside(self) -> tuple[np.ndarray, np.ndarray]:
+        """`_tables` as uint16, for events that stay inside."""
+        rows, columns = self._tables
+        return rows.astype(np.uint16), columns.astype(np.uint16)
+
+    def _kept(
+        self, t: np.ndarray, y: np.ndarray, x: np.ndarray, begin: int, end: int, rng: np.random.Generator | None
+    ) -> np.ndarray:
+        """bool (N,): of events at output places (y, x), those that stay inside and are not dropped."""
+        kept = (y | x) >= 0
+        top, left, rows, columns = self.area_drop
+        if rows and columns:
+            kept &= (y < top) | (y >= top + rows) | (x < left) | (x >= left + columns)
+        if self.time_drop[1] > self.time_drop[0]:
+            first, last = (begin + round(part * (end - begin)) for part in self.time_drop)
+            kept &= (t < first) | (t >= last)
+        if self.event_drop and rng is not None:
+            kept &= rng.random(len(t), np.float32) >= self.event_drop
+        return kept
 
     def _add_noise(self, window: Events, edges: list[int], rng: np.random.Generator) -> Events:
         num = round(self.noise * len(window))
