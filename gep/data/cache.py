@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from gep.data.listing import Listing
@@ -26,13 +27,15 @@ def cached_source(listing: Listing, index: int, folder: Path) -> EventSource:
     if listing.recording is not None:  # shards are a cache by themselves
         return listing.source(index)
     file, (height, width) = listing.files[index], listing.sensor or (None, None)
-    state = file.stat()
-    name = f"{file.resolve()}|{state.st_size}|{state.st_mtime_ns}|{height}x{width}"
+    state = os.stat(file)
+    name = f"{os.path.abspath(file)}|{state.st_size}|{state.st_mtime_ns}|{height}x{width}"
     entry = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.arrow"
-    if not entry.exists():
+    try:
+        return ARROW.open(entry, height=None, width=None, recover=False)
+    except FileNotFoundError:
         source = listing.source(index)
-        if not isinstance(source, InMemory):  # read in parts as it lies
-            return source
-        folder.mkdir(parents=True, exist_ok=True)
-        write_arrow(entry, source.read(), compression="none")
-    return ARROW.open(entry, height=None, width=None, recover=False)
+    if not isinstance(source, InMemory):  # read in parts as it lies
+        return source
+    folder.mkdir(parents=True, exist_ok=True)
+    write_arrow(entry, source.read(), compression="none")
+    return source
