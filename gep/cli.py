@@ -95,7 +95,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _natural(arguments: argparse.Namespace) -> None:
-    from gep.demo.natural import FAST, FULL, Natural, parse_options, table
+    from gep.demo.natural import FAST, FULL, Natural, table
 
     results = Natural(
         cifar10=arguments.cifar10,
@@ -105,7 +105,7 @@ def _natural(arguments: argparse.Namespace) -> None:
         out=arguments.out,
         size=FAST if arguments.fast else FULL,
         seed=arguments.seed,
-        options=parse_options(arguments.options),
+        options=arguments.options,
     ).run()
     print(table(results))
     print(json.dumps({name: results[name] for name in ("teacher", "frames") if name in results}, indent=2))

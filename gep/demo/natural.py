@@ -7,7 +7,6 @@ that set and from photographs, the camera moving at random. Probes read recordin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -285,11 +284,3 @@ def table(results: dict[str, Any]) -> str:
 def _grey(images: torch.Tensor) -> torch.Tensor:
     weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     return (images.float() * weights).sum(dim=1, keepdim=True).expand(-1, 3, -1, -1).round().byte()
-
-
-def parse_options(values: Sequence[str]) -> list[str]:
-    """Checked `dotted.key=value` settings."""
-    wrong = [value for value in values if "=" not in value]
-    if wrong:
-        raise ValueError(f"{wrong[0]}: further settings are stage 1's, dotted.key=value")
-    return list(values)
