@@ -132,3 +132,13 @@ def test_batch_validate_finds_hand_made_faults():
         batch.with_coordinates(torch.tensor([0.0, torch.nan]), batch.y.float()).validate()
     with pytest.raises(EventFormatError, match=r"x is torch\.int64"):
         batch.with_coordinates(batch.x.long(), batch.y.long()).validate()
+
+
+def test_a_single_window_is_not_copied_unless_it_is_read_only(recwarn):
+    window = _events([10, 20])
+    batch = EventBatch.from_windows([window])
+    assert batch.t.data_ptr() == window.t.ctypes.data and batch.x.data_ptr() == window.x.ctypes.data
+    for name in "txyp":
+        getattr(window, name).flags.writeable = False
+    batch = EventBatch.from_windows([window])
+    assert batch.t.data_ptr() != window.t.ctypes.data and batch.t.tolist() == [10, 20] and not recwarn.list

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from gep.data.listing import Listing
 from gep.events.io import EventSource
-from gep.events.io.arrow import FORMATS, write_arrow
+from gep.events.io.arrow import write_arrow
+from gep.events.io.arrow_source import ArrowSource
 from gep.events.io.source import InMemory
 
-(ARROW,) = FORMATS
+_BATCH = 1 << 14  # events checked at once: a sample is often a short slice
 
 
 def cached_source(listing: Listing, index: int, folder: Path) -> EventSource:
@@ -22,7 +23,7 @@ def cached_source(listing: Listing, index: int, folder: Path) -> EventSource:
 
     Args:
         listing, index: the sample.
-        folder: the cache; made where missing. Entries are plain and mapped: 13 bytes an event.
+        folder: the cache; made where missing. Entries are plain: 13 bytes an event.
     """
     if listing.recording is not None:  # shards are a cache by themselves
         return listing.source(index)
@@ -31,11 +32,11 @@ def cached_source(listing: Listing, index: int, folder: Path) -> EventSource:
     name = f"{os.path.abspath(file)}|{state.st_size}|{state.st_mtime_ns}|{height}x{width}"
     entry = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.arrow"
     try:
-        return ARROW.open(entry, height=None, width=None, recover=False)
+        return ArrowSource.from_file(entry, mapped=False)
     except FileNotFoundError:
         source = listing.source(index)
     if not isinstance(source, InMemory):  # read in parts as it lies
         return source
     folder.mkdir(parents=True, exist_ok=True)
-    write_arrow(entry, source.read(), compression="none")
+    write_arrow(entry, source.read(), compression="none", batch=_BATCH)
     return source

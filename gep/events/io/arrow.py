@@ -23,7 +23,9 @@ COMPRESSIONS = ("lz4", "zstd", "none")
 _MAX_STEP = (1 << 32) - 1  # µs between two events of one compressed batch
 
 
-def write_arrow(path: str | Path, events: Events | EventSource, *, compression: str = "lz4") -> None:
+def write_arrow(
+    path: str | Path, events: Events | EventSource, *, compression: str = "lz4", batch: int = BATCH
+) -> None:
     """Writes events to the native container, chunk by chunk, replacing `path` only once complete.
 
     Args:
@@ -31,13 +33,14 @@ def write_arrow(path: str | Path, events: Events | EventSource, *, compression: 
         events: events, or an open recording of any format.
         compression: "lz4" (3 to 4 bytes an event, the default), "zstd" (about a quarter less, half as fast to
             read) or "none" (13 bytes an event, read as views on the file).
+        batch: events that are checked, and unpacked, at once, at most 65,536; fewer suit short slices.
 
     Raises:
-        ValueError: unknown compression.
+        ValueError: unknown compression, or a batch out of range.
         EventFormatError: the events are not valid.
     """
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        _write(file, events, compression, str(path))
+        _write(file, events, compression, str(path), batch)
 
 
 def to_bytes(events: Events | EventSource, compression: str = "lz4") -> bytes:
@@ -66,17 +69,19 @@ def from_bytes(
     return ArrowSource(memoryview(buffer).cast("B"), Path(name), recover=recover, max_events=max_events)
 
 
-def _write(sink: object, events: Events | EventSource, compression: str, name: str) -> None:
+def _write(sink: object, events: Events | EventSource, compression: str, name: str, batch: int = BATCH) -> None:
     import pyarrow as pa
 
     if compression not in COMPRESSIONS:
         raise ValueError(f"compression is {compression!r}; the native container knows {', '.join(COMPRESSIONS)}")
+    if not 0 < batch <= BATCH:
+        raise ValueError(f"batches of {batch} events; the native container has 1 to {BATCH:,}")
     encoding = "none" if compression == "none" else "shuffled"
     options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression)
     schema = _schema(encoding, events.height, events.width)
     start = 0
     with pa.ipc.new_file(sink, schema, options=options) as writer:
-        for part in _parts(events, encoding, name):
+        for part in _parts(events, encoding, name, batch):
             columns = _plain(part) if encoding == "none" else _shuffled(part)
             head = b"%d %d %d %d %d" % (start, len(part), part.t[0], part.t[-1], arrow_batch.checksum(columns))
             head += b" " + seal(head, events.height, events.width, encoding)
@@ -104,7 +109,7 @@ def _schema(encoding: str, height: int, width: int) -> object:
     return pa.schema([*fields, pa.field("p", pa.bool_(), False)], metadata=metadata)
 
 
-def _parts(events: Events | EventSource, encoding: str, name: str) -> Iterator[Events]:
+def _parts(events: Events | EventSource, encoding: str, name: str, batch: int) -> Iterator[Events]:
     """Checked pieces that a record batch each can hold, in order."""
     chunks = (events.validate(name),) if isinstance(events, Events) else events.chunks(8 * BATCH)
     last = np.iinfo(np.int64).min
@@ -114,7 +119,7 @@ def _parts(events: Events | EventSource, encoding: str, name: str) -> Iterator[E
         if chunk.t[0] < last:
             raise ValueError(f"{name}: a chunk begins at {chunk.t[0]} µs, before the end {last} µs of the one before")
         last = int(chunk.t[-1])
-        edges = set(range(0, len(chunk), BATCH))
+        edges = set(range(0, len(chunk), batch))
         if encoding == "shuffled":
             # Differences of int64 wrap to the right unsigned value.
             wide = np.diff(chunk.t).view(np.uint64) > _MAX_STEP

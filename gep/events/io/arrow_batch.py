@@ -40,12 +40,17 @@ def checksum(arrays: tuple[np.ndarray, ...]) -> int:
     """64-bit sum over the bytes of the arrays, in order: tells damage, not malice."""
     total = np.uint64(0)
     for array in arrays:
-        raw = array.view(np.uint8)
-        whole = len(raw) // 8 * 8
-        words = raw[:whole].view(np.uint64)
-        rest = int.from_bytes(raw[whole:].tobytes(), "little") | len(raw) % 256 << 56
-        total = _mix(words, total ^ np.uint64(rest))
+        total = np.uint64(_add(array.view(np.uint8), total))
     return int(total)
+
+
+@numba.njit(nogil=True, cache=True)
+def _add(raw, total):
+    whole = len(raw) // 8 * 8
+    rest = np.uint64(len(raw) % 256) << np.uint64(56)
+    for i in range(whole, len(raw)):
+        rest |= np.uint64(raw[i]) << np.uint64(8 * (i - whole))
+    return _mix(raw[:whole].view(np.uint64), total ^ rest)
 
 
 @numba.njit(nogil=True, cache=True)

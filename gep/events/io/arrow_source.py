@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import mmap
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from gep.events.io import arrow_batch, arrow_layout
-from gep.events.io.arrow_layout import LayoutError, Message
+from gep.events.io.arrow_layout import Bytes, LayoutError, Message
+from gep.events.io.files import FileBytes
 from gep.events.io.source import EventSource, damaged
 from gep.events.types import EventFormatError, Events
 
@@ -40,7 +42,7 @@ class ArrowSource(EventSource):
 
     _from_file = False
 
-    def __init__(self, data: memoryview, path: Path, *, recover: bool = False, max_events: int | None = None):
+    def __init__(self, data: Bytes, path: Path, *, recover: bool = False, max_events: int | None = None):
         self.path, self._data = path, data
         self._checked: set[int] = set()
         self._kept: dict[int, Events] = {}
@@ -79,6 +81,10 @@ class ArrowSource(EventSource):
         start, stop, _ = slice(start, stop).indices(self._len)
         if stop <= start:
             return Events.empty(self.height, self.width)
+        if isinstance(self._data, FileBytes):
+            rows, count = self._batch(0).rows, len(self._begins)
+            low, high = min(start // rows, count - 1), (stop - 1) // rows + 1
+            self._data.load(int(self._begins[low]), int(self._begins[high]) if high < count else self._end())
         parts = [self._part(number, low, high) for number, low, high in self._parts(start, stop)]
         return parts[0] if len(parts) == 1 else _join(parts, _empty(stop - start, self.height, self.width))
 
@@ -110,14 +116,19 @@ class ArrowSource(EventSource):
     def __reduce__(self):
         if not self._from_file:
             raise TypeError(f"{self.path}: only a container opened from a file can be sent to another process")
-        return ArrowSource.from_file, (self.path, self._recover)
+        return ArrowSource.from_file, (self.path, self._recover, not isinstance(self._data, FileBytes))
 
     @classmethod
-    def from_file(cls, path: Path, recover: bool = False) -> ArrowSource:
-        """The container in a file, memory-mapped."""
-        with open(path, "rb") as file:
+    def from_file(cls, path: Path, recover: bool = False, mapped: bool = True) -> ArrowSource:
+        """The container in a file, memory-mapped, or read slice by slice: see `FileBytes`."""
+        if not mapped:
+            source = cls(FileBytes(path), path, recover=recover)
+            source._from_file = True
+            return source
+        with open(path, "rb", buffering=0) as file:
             # A map of nothing is refused by the system.
-            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+            size = os.fstat(file.fileno()).st_size
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         source = cls(memoryview(whole), path, recover=recover)
         source._from_file = True
         return source
@@ -218,8 +229,8 @@ class ArrowSource(EventSource):
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(batch, from, to) of every batch that the events start, …, stop − 1 are in."""
-        # All batches but those before a long gap are full, so the guess is nearly always right.
-        number = min(start // BATCH, len(self._begins) - 1)
+        # All batches but those before a long gap are of one length, so the guess is nearly always right.
+        number = min(start // self._batch(0).rows, len(self._begins) - 1)
         if not self._batch(number).start <= start < self._batch(number).start + self._batch(number).rows:
             key = lambda index: self._batch(index).start  # noqa: E731
             number = bisect.bisect_right(range(len(self._begins)), start, key=key) - 1
@@ -284,10 +295,10 @@ class ArrowSource(EventSource):
         message = batch.message
         if len(message.buffers) != 8:
             raise self._error(message.begin, f"{len(message.buffers)} buffers where four columns have 8")
-        out = []
+        out, body = [], self._data[message.body : message.end]
         for width, (at, size) in zip(_BYTES[self._encoding], message.buffers[1::2], strict=True):
             expected = -(-int(batch.rows * width * 8) // 8)
-            raw = self._data[at : at + size]
+            raw = body[at - message.body : at - message.body + size]
             if message.codec:
                 raw = self._decompress(raw, message, at, expected)
             if len(raw) < expected:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gep.events.io import blosc
+from gep.events.io.arrow_batch import sound
 from gep.events.io.columns import microseconds, to_events
 from gep.events.io.hdf5_file import DAMAGE, open_file, write_hdf5
 from gep.events.io.hdf5_layouts import find_layout, sensor_size
@@ -17,10 +19,13 @@ from gep.events.types import EventFormatError, Events
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _STEP = 1 << 16  # events between two probes of an uncompressed dataset
+_MANY = 4  # chunks from which on they are unpacked together; below, those that h5py keeps serve several windows
 
 
 class Hdf5Source(EventSource):
     """An HDF5 recording; the handle is opened when first used in a process and does not travel with a pickle."""
+
+    read_ahead = 2
 
     def __init__(self, path: Path, *, height: int | None, width: int | None, recover: bool, camera: str):
         self.path, self.camera, self._recover = path, camera, recover
@@ -107,22 +112,43 @@ class Hdf5Source(EventSource):
             mine = [n for n in "txyp" if self._layout.columns[n][0] == dataset and (self._table or n in names)]
             if not mine:
                 continue
-            with self._guarded(lambda name=dataset: self._first_bad(name, start, stop)):
-                values = self._dataset(dataset)[start:stop]
-            self._check_filled(dataset, start, values)
+            values = self._unpacked(dataset, start, stop)
+            if values is None:
+                with self._guarded(lambda name=dataset: self._first_bad(name, start, stop)):
+                    values = self._dataset(dataset)[start:stop]
+                self._check_filled(dataset, start, values)
             raw |= {n: values[:, self._layout.columns[n][1]] if self._table else values for n in mine}
         return raw
+
+    def _unpacked(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Elements of a long stretch by `blosc.read`; None where h5py is to read them."""
+        data = self._dataset(name)
+        if self._table or self._recover or not data.chunks or stop - start < _MANY * data.chunks[0]:
+            return None
+        key = f"simple {name}"
+        if key not in self._probes:
+            self._probes[key] = blosc.is_simple(data)
+        return blosc.read(data, start, stop) if self._probes[key] else None
 
     def _events(
         self, start: int, raw: dict[str, np.ndarray], unit: str | None = None, offset: int | None = None
     ) -> Events:
+        unit, offset = unit or self._layout.unit, self._offset if offset is None else offset
+        t, x, y, p = (raw[name] for name in "txyp")
+        # The usual columns need no conversion but that of t, and one pass that checks them.
+        if unit == "us" and t.dtype.kind in "iu" and x.dtype == y.dtype == np.uint16 and p.dtype.itemsize == 1:
+            times, good = (t, None) if t.dtype == np.int64 and not offset else microseconds(t, unit)
+            if good is None:
+                times, p = np.add(times, offset, out=times) if offset else times, p.view(np.uint8)
+                if sound(times, x, y, p, self.height, self.width):
+                    return Events(times, x, y, p, self.height, self.width)
         return to_events(
             self.path,
             raw,
             height=self.height,
             width=self.width,
-            unit=unit or self._layout.unit,
-            offset=self._offset if offset is None else offset,
+            unit=unit,
+            offset=offset,
             first=start,
             byte_of=lambda index: self._byte(self._layout.datasets[0], index),
         )
