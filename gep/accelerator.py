@@ -50,6 +50,8 @@ class TrainConfig:
     """newest checkpoints to keep; 0 keeps all"""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """mixed precision; `accelerate launch --mixed_precision` wins over it"""
+    ema: float = 0.0
+    """decay of a moving average of the trained weights, which is then evaluated and exported; 0 = off, 0.999 usual"""
     trackers: list[str] = field(default_factory=list)
     """further logs: tensorboard, trackio, wandb"""
     resume: Literal["auto", "never"] = "auto"
@@ -66,6 +68,8 @@ class TrainConfig:
         for name in ("seed", "num_workers", "threads", "eval_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a whole number >= 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; give a decay in [0, 1), 0 = off")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}; "

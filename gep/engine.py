@@ -32,7 +32,7 @@ from gep.accelerator import (
 )
 from gep.guards import FiniteWatch, StopSignal
 from gep.logs import Clock, JsonlWriter, Meters, Progress
-from gep.optim import OptimConfig, lr_at, make_optimizer, param_groups
+from gep.optim import Average, OptimConfig, lr_at, make_optimizer, param_groups
 
 Batch = dict[str, Any]
 BatchesFrom = Callable[[int], Iterator[Sequence[Batch]]]
@@ -41,7 +41,8 @@ Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 
 __all__ = ["TrainConfig", "fit", "make_accelerator"]
 
-_PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+_WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_PLAIN = (*_WHOLE, DistributedType.FSDP)
 
 # With several GPUs, ranks ask each other about a stop signal this often [steps]: asking waits for the device.
 _STOP_EVERY = 10
@@ -77,7 +78,8 @@ def fit(
         groups: parameter groups with "lr_scale"; default param_groups(task, ...) from optim.
         evaluate: evaluate(task, step) -> numbers, called on every rank without grad and in eval mode.
     Returns:
-        The last logged values and the last evaluation, with "step".
+        The last logged values and the last evaluation, with "step". Under train.ema the task is left with the
+        averaged weights.
     Raises:
         NonFiniteError: a loss or gradient norm that is not a number; the weights did not take that step.
         CheckpointError: a checkpoint could not be written, or none can be read.
@@ -100,6 +102,7 @@ def fit(
         _say(f"{stop.name or 'stopped'}: step {run.step} is saved in {stopped_at}; the same command goes on")
         accelerator.end_training()
         raise SystemExit(0)
+    run.average.swap()
     gather_parameters(task)
     return run.last
 
@@ -128,13 +131,20 @@ class _Run:
             task.compile()
         # accelerate puts its own forward on the module: remember what was there.
         self._own = {name: task.__dict__[name] for name in PREPARED if name in task.__dict__}
-        # A checkpoint holds the weights and two moments of each.
-        self.size_hint = 3 * sum(p.numel() * p.element_size() for p in task.parameters())
+        # A checkpoint holds the weights, two moments of each, and their average.
+        self.size_hint = (3 + bool(train.ema)) * sum(p.numel() * p.element_size() for p in task.parameters())
         inner = make_optimizer(groups, optim)
         self.model, self.optimizer = accelerator.prepare(task, inner)
         if accelerator.scaler is None and accelerator.distributed_type in _PLAIN:
             # Here accelerate's wrapper only passes the step on, after looking for a package on disk (0.2 ms).
             self.optimizer = inner
+        self.average = Average(task, train.ema)
+        if train.ema:
+            if accelerator.distributed_type not in _WHOLE:
+                raise ValueError(
+                    f"train.ema={train.ema}: sharded weights are not averaged; use plain DDP, or train.ema=0"
+                )
+            accelerator.register_for_checkpointing(self.average)
         deferred = can_defer(accelerator, inner) if deferred is None else deferred
         fp16 = accelerator.mixed_precision == "fp16"
         self.watch = FiniteWatch(accelerator.device, inner, deferred=deferred, fp16=fp16)
@@ -216,6 +226,7 @@ class _Run:
         self.optimizer.zero_grad()
         self.meters.add({"grad_norm": norm})
         self.step += 1
+        self.average.update(self.step)
 
     def _backward(self, micro_batches: Sequence[Batch], keys: list[list[str]], stop: bool) -> list[Tensor]:
         hasty, count = self.deepspeed, len(micro_batches)
@@ -258,8 +269,10 @@ class _Run:
         self.task.eval()
         if self.accelerator.is_fsdp2:  # evaluation may go past the root's forward, which gathers its parameters
             self.model.unshard()
+        self.average.swap()
         with torch.no_grad():
             found = evaluate(self.task, self.step)
+        self.average.swap()
         if self.accelerator.is_fsdp2:
             self.model.reshard()
         self.task.train()
@@ -296,6 +309,7 @@ class _Run:
         for name in PREPARED:
             self.task.__dict__.pop(name, None)
         self.task.__dict__.update(self._own)
+        self.accelerator._custom_objects = [o for o in self.accelerator._custom_objects if o is not self.average]
         self.accelerator.free_memory()
 
     def _due(self, every: int) -> bool:

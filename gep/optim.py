@@ -1,4 +1,4 @@
-"""The optimiser: its settings, the learning rate as a pure function of the step, and parameter groups."""
+"""The optimiser: its settings, the learning rate as a function of the step, parameter groups, averaged weights."""
 
 import math
 from collections.abc import Mapping
@@ -142,6 +142,43 @@ def make_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.opti
     return torch.optim.AdamW(
         kept, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=fused
     )
+
+
+class Average:
+    """Exponential moving average of a module's trainable parameters, beside them.
+
+    Its decay after step s is min(decay, s / (s + 9)), so that the initial weights do not weigh on a short run.
+
+    Args:
+        module: its parameters with requires_grad are averaged.
+        decay: share of the old average kept each step, in [0, 1); 0 = there is no average, and nothing happens.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = [p.detach() for p in module.parameters() if decay and p.requires_grad]
+        self.values = [p.clone() for p in self.parameters]
+
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` optimiser steps (1, 2, …)."""
+        if self.values:
+            torch._foreach_lerp_(self.values, self.parameters, 1 - min(self.decay, step / (step + 9)))
+
+    def swap(self) -> None:
+        """Exchange the module's weights and their average, bit for bit."""
+        for parameter, value in zip(self.parameters, self.values):
+            kept = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {"values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved average."""
+        for value, saved in zip(self.values, state["values"], strict=True):
+            value.copy_(saved)
 
 
 def _under(name: str, prefix: str) -> bool:
