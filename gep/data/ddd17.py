@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from gep.data.options import ListingOptions
 from gep.data.view import View, decode
 
 SENSOR = (260, 346)
+LABELLED_ROWS = 200
 CLASSES = ("flat", "background", "object", "vegetation", "human", "vehicle")
 SPLITS = {
     "train": ("dir0", "dir3", "dir4", "dir6", "dir7"),
@@ -37,12 +40,17 @@ def ddd17(root: Path, split: str, options: ListingOptions) -> Listing:
     Args:
         root: holds the folders dirN, itself or in data/.
         split: train (dirs 0, 3, 4, 6, 7), test (dir 1) or all.
-        options: none of them has an effect here.
+        options: `rows` "labelled" = events of the top 200 rows alone.
 
     Source: Binas et al. 2017, "DDD17"; Alonso and Murillo 2019, "EV-SegNet"; Sun et al. 2022, "ESS".
     """
     if split not in SPLITS:
         raise ValueError(f"DDD17: no split {split!r}; choose one of {', '.join(sorted(SPLITS))}")
+    cut = options.rows == "labelled"
+    if cut and not options.rectify:
+        raise ValueError(
+            "data.rectify=false leaves all events where they are, so that data.rows=labelled has no effect; unset one"
+        )
     base = root / "data" if (root / "data").is_dir() else root
     found = [base / name for name in SPLITS[split] if (base / name).is_dir()]
     if not found:
@@ -102,8 +110,26 @@ def ddd17(root: Path, split: str, options: ListingOptions) -> Listing:
         spans=np.stack(spans),
         anchor="end",
         targets={"mask": MaskFiles(tuple(masks), SENSOR)},
-        notes=coverage([folder.name for folder in found], SPLITS[split]),
+        rectify=LabelledRows() if cut else None,
+        notes=coverage([folder.name for folder in found], SPLITS[split])
+        | ({"events": f"of the top {LABELLED_ROWS} rows"} if cut else {}),
     )
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """A table that leaves every pixel where it is, and has no place for those below the labels."""
+
+    def __call__(self, index: int) -> np.ndarray:
+        return _labelled_rows()
+
+
+@functools.lru_cache(maxsize=1)
+def _labelled_rows() -> np.ndarray:
+    height, width = SENSOR
+    table = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
+    table[LABELLED_ROWS:] = np.nan
+    return table
 
 
 def _frame_times(folder: Path) -> np.ndarray:

@@ -10,7 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from gep.data.dsec_calibration import Matrix, depth_factors, homography_to_picture, load_calibration
-from gep.data.dsec_layout import LAYOUT, SEMANTIC_LAYOUT, SEMANTIC_TEST, SEMANTIC_TRAIN, TEST, TRAIN, Drive, drives
+from gep.data.dsec_layout import (
+    DEPTH_SPLITS,
+    LAYOUT,
+    SEMANTIC_LAYOUT,
+    SEMANTIC_TEST,
+    SEMANTIC_TRAIN,
+    TEST,
+    TRAIN,
+    Drive,
+    drives,
+)
 from gep.data.hdf5 import read_h5
 from gep.data.layout import ImageFiles, MaskFiles, coverage, nearest, read_plane, spans_before
 from gep.data.listing import Listing
@@ -18,6 +28,7 @@ from gep.data.options import ListingOptions
 from gep.data.view import View
 
 SENSOR = (480, 640)
+LABELLED_ROWS = 440
 CLASSES = (
     "background", "building", "fence", "person", "pole", "road", "sidewalk", "vegetation", "car", "wall",
     "traffic sign",
@@ -25,7 +36,7 @@ CLASSES = (
 
 
 def dsec(root: Path, split: str, options: ListingOptions) -> Listing:
-    """DSEC: one sample a picture ("train", "test", "all") or a disparity map ("train_depth").
+    """DSEC: one sample a picture ("train", "test", "all") or a disparity map ("train_depth", "depth_…").
 
     A sample spans the time since the picture (or map) before it; the first of a sequence has none and is left out.
     Pictures are brought to the rectified event view by the rotation between the cameras; depth in metres comes from
@@ -34,18 +45,31 @@ def dsec(root: Path, split: str, options: ListingOptions) -> Listing:
 
     Args:
         root: see the layout in the message for a missing folder.
-        split: train, test, all or train_depth.
+        split: train, test, all, train_depth, or its parts depth_train, depth_val and depth_test. The published test
+            set's depth is not public; those three parts are this project's own, by whole drives.
         options: `rectify` off = raw events, and then no pictures and no depth.
 
     Source: Gehrig et al. 2021, "DSEC: A Stereo Event Camera Dataset for Driving Scenarios".
     """
-    if split not in ("train", "test", "all", "train_depth"):
-        raise ValueError(f"DSEC: no split {split!r}; choose one of all, test, train, train_depth (test has no depth)")
-    deep = split.endswith("_depth")
+    if split not in ("train", "test", "all", "train_depth", *DEPTH_SPLITS):
+        raise ValueError(
+            f"DSEC: no split {split!r}; choose one of all, test, train (pictures), train_depth, "
+            f"{', '.join(DEPTH_SPLITS)} (depth; the published test set has none)"
+        )
+    deep = "depth" in split
     if deep and not options.rectify:
         raise ValueError("data.rectify=false: DSEC's depth is in the rectified view; events have to be rectified too")
-    part, published = split.removesuffix("_depth"), {"train": TRAIN, "test": TEST, "all": TRAIN + TEST}
+    part, published = "train" if deep else split, {"train": TRAIN, "test": TEST, "all": TRAIN + TEST}
     found = drives(root, part, published, LAYOUT)
+    if split in DEPTH_SPLITS:
+        here = ", ".join(drive.name for drive in found[:4])
+        part, published = split, DEPTH_SPLITS
+        found = [drive for drive in found if drive.name in DEPTH_SPLITS[split]]
+        if not found:
+            raise FileNotFoundError(
+                f"DSEC {split}: none of {', '.join(DEPTH_SPLITS[split])} is below data.root={root}, where there are "
+                f"{here} …"
+            )
     samples = _Samples()
     for drive in found:
         pictures = drive.pictures(required=options.rectify and not deep)
@@ -79,7 +103,7 @@ def dsec_semantic(root: Path, split: str, options: ListingOptions) -> Listing:
     Args:
         root: see the layout in the message for a missing folder.
         split: train (8 sequences), test (3) or all.
-        options: `subsampling` "ess" = the labels of ESS's loader.
+        options: `subsampling` "ess" = the labels of ESS's loader; `rows` "labelled" = no events in the 40 rows below.
 
     Source: Sun et al. 2022, "ESS: Learning Event-based Semantic Segmentation from Still Images".
     """
@@ -109,7 +133,10 @@ def dsec_semantic(root: Path, split: str, options: ListingOptions) -> Listing:
             samples.show(drive, [pictures[i] for i in chosen])
     notes = coverage([drive.name for drive in found], published[split])
     notes["subsampling"] = "ESS (first 6 skipped, every second)" if options.subsampling == "ess" else "none"
-    return samples.listing("dsec_semantic", split, CLASSES, found, notes)
+    rows = LABELLED_ROWS if options.rows == "labelled" else SENSOR[0]
+    if rows < SENSOR[0]:
+        notes["events"] = f"of the top {rows} rows"
+    return samples.listing("dsec_semantic", split, CLASSES, found, notes, rows=rows)
 
 
 class _Samples:
@@ -145,6 +172,7 @@ class _Samples:
         notes: dict[str, str],
         *,
         rectify: bool = True,
+        rows: int = SENSOR[0],
     ) -> Listing:
         if not self.keys:
             raise ValueError(f"{name} {split}: no sample in {', '.join(drive.name for drive in found[:3])} …")
@@ -171,7 +199,7 @@ class _Samples:
             spans=np.concatenate(self.spans),
             anchor="end",
             targets=targets,
-            rectify=RectifyMaps(tuple(self.maps)) if rectify else None,
+            rectify=RectifyMaps(tuple(self.maps), rows) if rectify else None,
             notes=notes,
         )
 
@@ -194,17 +222,20 @@ class DisparityDepth:
 
 @dataclass(frozen=True)
 class RectifyMaps:
-    """`rectify_map.h5` of each sample's sequence, read once a process."""
+    """`rectify_map.h5` of each sample's sequence, read once a process; no place for what lands below the top `rows`."""
 
     paths: tuple[Path, ...]
+    rows: int = SENSOR[0]
 
     def __call__(self, index: int) -> np.ndarray:
-        return _rectify_map(self.paths[index])
+        return _rectify_map(self.paths[index], self.rows)
 
 
 @functools.lru_cache(maxsize=64)
-def _rectify_map(path: Path) -> np.ndarray:
+def _rectify_map(path: Path, rows: int) -> np.ndarray:
     table = read_h5(path, "rectify_map").astype(np.float32, copy=False)
     if table.shape != (*SENSOR, 2):
         raise ValueError(f"{path}: rectify_map has the shape {table.shape}, expected {(*SENSOR, 2)}")
+    if rows < SENSOR[0]:
+        table = np.where(np.rint(table[..., 1:]) < rows, table, np.float32(np.nan))
     return table

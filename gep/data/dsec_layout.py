@@ -22,6 +22,15 @@ TEST = (
     "zurich_city_13_a", "zurich_city_13_b", "zurich_city_14_a", "zurich_city_14_b", "zurich_city_14_c",
     "zurich_city_15_a",
 )  # fmt: skip
+# Ours, by whole drives; those of zurich_city_03, 09 and 10 are at night.
+_DEPTH_VAL = ("zurich_city_03_a", "zurich_city_06_a", "zurich_city_08_a")
+_DEPTH_TEST = ("thun_00_a", "zurich_city_05_a", "zurich_city_05_b", "zurich_city_07_a", "zurich_city_10_a",
+               "zurich_city_10_b")  # fmt: skip
+DEPTH_SPLITS = {
+    "depth_train": tuple(name for name in TRAIN if name not in _DEPTH_VAL + _DEPTH_TEST),
+    "depth_val": _DEPTH_VAL,
+    "depth_test": _DEPTH_TEST,
+}
 SEMANTIC_TRAIN = tuple(f"zurich_city_{number:02d}_a" for number in (0, 1, 2, 4, 5, 6, 7, 8))
 SEMANTIC_TEST = ("zurich_city_13_a", "zurich_city_14_c", "zurich_city_15_a")
 LAYOUT = (

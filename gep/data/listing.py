@@ -125,10 +125,23 @@ class Listing:
         """Splits into (kept, held out) by the hash of each sample's group.
 
         A sample's side depends on its own group's name alone, so that files added later move none of the others; and
-        two samples of one recording, which look alike, never land on both sides.
+        two samples of one recording, which look alike, never land on both sides. Of few groups at least one is held
+        out: the one that a larger fraction would take first.
+
+        Raises:
+            ValueError: all samples are of one recording.
         """
         names = self.groups or [self._group(key) for key in self.keys]
-        held = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 < fraction for name in names])
+        place = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names}
+        if len(place) == 1:
+            raise ValueError(
+                f"{self.name} {self.split}: all {len(self)} samples are of one recording ({names[0]}), of which none "
+                "can be held out for evaluation; name data.eval_split, or add recordings"
+            )
+        apart = {name for name, at in place.items() if at < fraction}
+        if place and not apart:
+            apart = {min(place, key=place.__getitem__)}
+        held = np.array([name in apart for name in names], bool)
         return (
             self.subset(np.flatnonzero(~held), f"{self.split}[kept]"),
             self.subset(np.flatnonzero(held), f"{self.split}[held out {fraction:g}]"),

@@ -13,6 +13,8 @@ class ListingOptions:
 
     subsampling: Literal["none", "ess"] = "none"
     """dsec_semantic: every label, or those of ESS's loader (the first 6 skipped, then every second)"""
+    rows: Literal["all", "labelled"] = "all"
+    """dsec_semantic, ddd17: events of the whole sensor, or of the top rows alone that have labels (440 and 200)"""
     depth: Literal["rect", "raw"] = "rect"
     """mvsec: depth in the rectified view, to which events are moved, or in the raw one"""
     rectify: bool = True
