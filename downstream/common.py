@@ -1,8 +1,10 @@
-"""From a pretrained model and a batch to features, the same for every task."""
+"""What the tasks share: features of a batch, a fresh start, results on disk."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -140,3 +142,19 @@ def extract(
     found = collect(rows, source, collate=collate, batch_size=batch_size, accelerator=accelerator, title=title)
     parts = (found[name].float() for name in ("window", "image", "encoder"))
     return WindowFeatures(*parts, has_past), found["label"]
+
+
+def reinitialise(model: GEPModel, seed: int) -> None:
+    """Gives encoder and backbone fresh random weights: the from-scratch baseline of the same architecture."""
+    torch.manual_seed(seed)
+    model.encoder = type(model.encoder)(**model.encoder.config).to(model.device)
+    if model.backbone is not None:
+        model.backbone = type(model.backbone)(**model.backbone.config).to(model.device)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """A file that is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from downstream.depth.task import DepthConfig
 from downstream.recognition.task import RecognitionConfig
+from downstream.segmentation.task import SegmentationConfig
 from gep import config
 from stage1_align.task import Stage1Config
 from stage2_autoregress.task import Stage2Config
@@ -17,6 +19,8 @@ SCHEMAS = {
     "configs/stage1": Stage1Config,
     "configs/stage2": Stage2Config,
     "configs/downstream/recognition": RecognitionConfig,
+    "configs/downstream/segmentation": SegmentationConfig,
+    "configs/downstream/depth": DepthConfig,
     "gep/demo/stage1.yaml": Stage1Config,
     "gep/demo/stage2.yaml": Stage2Config,
     "gep/demo/natural.yaml": Stage1Config,

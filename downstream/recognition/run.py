@@ -15,14 +15,13 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from downstream.common import WindowFeatures, extract
+from downstream.common import WindowFeatures, extract, reinitialise, write_json
 from downstream.metrics import per_class_accuracy, top_k_accuracy
 from downstream.recognition.task import (
     FinetuneTask,
     RecognitionConfig,
     kshot,
     probe,
-    reinitialise,
     zero_shot,
 )
 from gep import config, export
@@ -185,14 +184,6 @@ def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelera
             card=f"# Linear classifier of {len(classes)} classes on the pooled features of the model in ../export\n",
         )
     return {"mode": cfg.mode, "list": test_set.listing.hash, "num_test": len(test_set), **metrics}
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """A file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _evenly(count: int, most: int) -> np.ndarray:

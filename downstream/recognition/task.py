@@ -247,11 +247,3 @@ def zero_shot(
             f"({', '.join(list(classes)[:3])}, …); use mode=kshot or mode=probe"
         )
     return top_k_accuracy(model.classify(image).cpu(), labels)
-
-
-def reinitialise(model: GEPModel, seed: int) -> None:
-    """Gives encoder and backbone fresh random weights: the from-scratch baseline of the same architecture."""
-    torch.manual_seed(seed)
-    model.encoder = type(model.encoder)(**model.encoder.config).to(model.device)
-    if model.backbone is not None:
-        model.backbone = type(model.backbone)(**model.backbone.config).to(model.device)

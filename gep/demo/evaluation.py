@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from downstream.common import WindowFeatures, extract, pixel_features
+from downstream.common import WindowFeatures, extract, pixel_features, reinitialise
 from downstream.metrics import mean_std, top_k_accuracy
-from downstream.recognition.task import FinetuneTask, ProbeConfig, kshot, reinitialise, zero_shot
+from downstream.recognition.task import FinetuneTask, ProbeConfig, kshot, zero_shot
 from gep.data.config import DataConfig
 from gep.data.fewshot import draw_shots
 from gep.data.listing import Listing

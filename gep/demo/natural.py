@@ -18,9 +18,8 @@ import torch.nn.functional as F
 
 import downstream.recognition.run as recognition
 import stage1_align.run
-from downstream.common import Pool, extract, pixel_features
+from downstream.common import Pool, extract, pixel_features, write_json
 from downstream.metrics import mean_std
-from downstream.recognition.run import write_json
 from downstream.recognition.task import ProbeConfig, kshot
 from gep import config
 from gep.data.build import build

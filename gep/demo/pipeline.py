@@ -16,7 +16,7 @@ import torch
 
 import stage1_align.run
 import stage2_autoregress.run
-from downstream.recognition.run import write_json
+from downstream.common import write_json
 from gep import distributed
 from gep.data.listing import Listing
 from gep.data.registry import list_recordings

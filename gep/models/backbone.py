@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -169,6 +169,45 @@ class Backbone(nn.Module):
         Raises:
             ValueError: shapes or the grid do not fit together.
         """
+        return self._run(frames, modality, t_us, grid, valid, cache, next_modality)[0]
+
+    def intermediates(
+        self,
+        frames: Tensor,
+        modality: Tensor,
+        t_us: Tensor,
+        grid: tuple[int, int],
+        depths: Sequence[int],
+        cache: KVCache | None = None,
+    ) -> tuple[BackboneOutput, list[Tensor]]:
+        """`forward`, and the tokens after some of the blocks.
+
+        Args:
+            frames, modality, t_us, grid, cache: as `forward`.
+            depths: numbers of blocks passed, 1 … num_layers, in any order.
+        Returns:
+            What `forward` gives, and for each of `depths` (B, F, N, width) through the final norm: at num_layers
+            that is `hidden`.
+        Raises:
+            ValueError: as `forward`, or a depth that the backbone does not have.
+        """
+        if wrong := [depth for depth in depths if not 1 <= depth <= self.num_layers]:
+            raise ValueError(f"depths {wrong} of a backbone with {self.num_layers} blocks: give 1 … {self.num_layers}")
+        output, states = self._run(frames, modality, t_us, grid, None, cache, None, frozenset(depths))
+        states[self.num_layers] = output.hidden
+        return output, [states[depth] for depth in depths]
+
+    def _run(
+        self,
+        frames: Tensor,
+        modality: Tensor,
+        t_us: Tensor,
+        grid: tuple[int, int],
+        valid: Tensor | None,
+        cache: KVCache | None,
+        next_modality: Tensor | None,
+        depths: Container[int] = (),
+    ) -> tuple[BackboneOutput, dict[int, Tensor]]:
         batch, num, count, dim = frames.shape
         if grid[0] * grid[1] != count:
             raise ValueError(f"grid {grid} has {grid[0] * grid[1]} cells, the frames have {count} tokens")
@@ -183,17 +222,20 @@ class Backbone(nn.Module):
         tokens = F.layer_norm(frames, (dim,))
         x = self.in_proj(tokens) + self.modality(modality)[:, :, None]
         x = x.reshape(batch, num * count, self.width)
+        states: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
             kept = cache.layers[i] if past else None
             x, kept = block(x, cos, sin, mask, is_causal, kept)
             if cache is not None:
                 drop = 0 if self.span is None else max(0, past + num - self.span + 1) * count
                 cache.layers[i : i + 1] = [(kept[0][:, :, drop:], kept[1][:, :, drop:])]
+            if i + 1 in depths and i + 1 < self.num_layers:
+                states[i + 1] = self.norm(x).view(batch, num, count, self.width)
         if cache is not None:
             self._remember(cache, valid, batch, num, frames.device)
         hidden = self.norm(x).view(batch, num, count, self.width)
         following = modality if next_modality is None else next_modality
-        return BackboneOutput(hidden, self._next(hidden, modality, following), self.image_head(hidden))
+        return BackboneOutput(hidden, self._next(hidden, modality, following), self.image_head(hidden)), states
 
     def next_targets(self, tokens: Tensor, valid: Tensor | None = None, modality: Tensor | None = None) -> NextTargets:
         """The tokens that `next` predicts, shifted by a frame or by a token as `order` says.

@@ -10,7 +10,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from gep.models.vit import build_vit, vit_grid, vit_tokens
+from gep.models.vit import build_vit, spread_depths, vit_grid, vit_intermediates, vit_tokens
 
 _FIRST_CONVS = ("patch_embed.proj.weight", "patch_embed.conv1.weight")
 
@@ -114,10 +114,23 @@ class EventEncoder(nn.Module):
             tokens: (B, N, D) after the final norm, raster order, without class and register tokens.
             pooled: (B, D) mean of the tokens.
         """
-        if self._normalise:
-            x = (x - self._mean) / self._std
-        _, tokens = vit_tokens(self.vit, x)
+        _, tokens = vit_tokens(self.vit, self._normalised(x))
         return tokens, tokens.mean(1)
+
+    def intermediates(self, x: Tensor, num: int) -> list[Tensor]:
+        """Patch tokens at several depths, spread evenly over the blocks, each through the final norm.
+
+        Args:
+            x: (B, C, H, W) float, H and W multiples of the patch.
+            num: how many depths, 1 … num_layers.
+        Returns:
+            `num` tensors (B, N, D), shallow to deep; the last is what `forward` gives.
+        Raises:
+            ValueError: more depths than blocks, or none.
+        """
+        if not 1 <= num <= self.num_layers:
+            raise ValueError(f"{num} depths of an encoder with {self.num_layers} blocks: give 1 … {self.num_layers}")
+        return vit_intermediates(self.vit, self._normalised(x), spread_depths(self.num_layers, num))
 
     def embed(self, x: Tensor) -> Tensor:
         """The vector that is compared with the teacher's pooled one.
@@ -132,6 +145,9 @@ class EventEncoder(nn.Module):
         elif x.ndim == 3:
             x = x.mean(1)
         return x if self.head is None else self.head(x)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return (x - self._mean) / self._std if self._normalise else x
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (h, w) of an input of `height` x `width` pixels; ValueError where the patch does not fit."""

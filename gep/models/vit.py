@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -140,6 +142,26 @@ def vit_tokens(vit: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         prefix (B, P, D): class and register tokens, P may be 0; patches (B, N, D) in raster order.
     """
     return split_tokens(vit, vit.forward_features(x))
+
+
+def vit_intermediates(vit: nn.Module, x: Tensor, depths: Sequence[int]) -> list[Tensor]:
+    """Patch tokens after some of a timm ViT's blocks, each through the final norm.
+
+    Args:
+        x: (B, C, H, W) normalised input.
+        depths: ascending numbers of blocks passed, 1 … len(vit.blocks).
+    Returns:
+        A (B, N, D) for each of `depths`, raster order; at the last block what `vit_tokens` gives.
+    """
+    taken = [depth - 1 for depth in depths]
+    states = vit.forward_intermediates(x, indices=taken, output_fmt="NLC", intermediates_only=True, stop_early=True)
+    norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
+    return [norm(state) for state in states]
+
+
+def spread_depths(num_layers: int, num: int) -> list[int]:
+    """`num` depths spread evenly over 1 … num_layers, the last always num_layers; repeated where num > num_layers."""
+    return [max(1, (2 * (i + 1) * num_layers + num) // (2 * num)) for i in range(num)]
 
 
 def split_tokens(vit: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:

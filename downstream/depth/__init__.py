@@ -1,0 +1,1 @@
+"""Monocular depth: metres a pixel, by probing, fine-tuning or training from scratch."""

@@ -1,0 +1,1 @@
+"""Semantic segmentation: see task.py and run.py."""
