@@ -1,4 +1,4 @@
-"""`gep demo | natural | info | render | convert | shard`: for people; training goes through the stages' own run.py."""
+"""`gep demo | natural | scenes | info | render | predict | convert | shard`: for people; training has run.py."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     natural.epilog = "Further settings of stage 1 as dotted.key=value, anywhere on the line."
     natural.set_defaults(run=_natural)
 
+    scenes = commands.add_parser("scenes", help="recordings of simulated scenes with masks and depth maps")
+    scenes.add_argument("out", type=Path, help="a new folder, to be read with data.name=scenes data.root=OUT")
+    scenes.add_argument("--train", type=int, default=800, help="scenes to learn from (%(default)s)")
+    scenes.add_argument("--val", type=int, default=50, help="scenes to choose the best step by (%(default)s)")
+    scenes.add_argument("--test", type=int, default=200, help="scenes to test on (%(default)s)")
+    scenes.add_argument("--size", type=int, default=48, help="rows and columns of the sensor (%(default)s)")
+    scenes.add_argument("--windows", type=int, default=4, help="windows of 40 ms in a recording (%(default)s)")
+    scenes.add_argument("--seed", type=int, default=0, help="of everything (%(default)s)")
+    scenes.set_defaults(run=_scenes)
+
     info = commands.add_parser("info", help="what a recording, a data set, shards or an exported model holds")
     info.add_argument("path", type=Path, help="a recording, a data set's root, a folder of shards, or an export")
     _add_reading(info)
@@ -50,6 +60,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     render.add_argument("--slowdown", type=float, default=1.0, help="film: times slower than life (%(default)s)")
     _add_reading(render)
     render.set_defaults(run=_render)
+
+    predict = commands.add_parser("predict", help="segmentation or depth of a recording or a labelled data set, drawn")
+    predict.add_argument("model", help="a dense model: the export of a segmentation or depth run, or a Hub id")
+    predict.add_argument("path", type=Path, help="a recording; with --data the data set's root")
+    predict.add_argument(
+        "-o", "--out", type=Path, required=True, help="the film (.mp4, .gif), or a folder of PNGs (no suffix)"
+    )
+    predict.add_argument("--data", help="name of the data set that path holds: every sample, with its ground truth")
+    predict.add_argument("--split", default="test", help="--data: its split (%(default)s)")
+    predict.add_argument("--start-ms", type=float, default=0.0, help="recording: begin, from the first event")
+    predict.add_argument("--stop-ms", type=float, help="recording: end, from the first event; default: all of it")
+    predict.add_argument("--step-ms", type=float, default=0.0, help="recording: between predictions; default: a window")
+    predict.add_argument("--fps", type=float, default=0.0, help="film: frames a second; default: as fast as life")
+    predict.add_argument("--npz", action="store_true", help="also write the maps themselves")
+    predict.epilog = "With --data: its options as key=value (subsampling=ess, depth=raw, …), anywhere on the line."
+    _add_reading(predict)
+    predict.set_defaults(run=_predict)
 
     convert = commands.add_parser("convert", help="write a recording in another format, told by the suffix")
     convert.add_argument("source", type=Path, help="a recording")
@@ -80,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, rest = parser.parse_known_args(argv)
     arguments.options = [item for item in rest if "=" in item and not item.startswith("-")]
     wrong = [item for item in rest if item not in arguments.options]
-    if wrong or (arguments.options and arguments.command not in ("shard", "natural")):
+    if wrong or (arguments.options and arguments.command not in ("shard", "natural", "predict")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     config.run_cli(lambda: arguments.run(arguments))
 
@@ -92,6 +119,18 @@ def _demo(arguments: argparse.Namespace) -> None:
     results = Demo(arguments.out, nmnist=arguments.nmnist, size=size, seed=arguments.seed).run()
     print(json.dumps(results["recognition"], indent=2))
     print(f"\n{arguments.out / 'results.json'}\n{arguments.out / 'report.html'}: open it in a browser")
+
+
+def _scenes(arguments: argparse.Namespace) -> None:
+    from gep.data.scene_files import write_scenes
+    from gep.data.scenes import SceneConfig
+    from gep.demo.textures import scene_textures
+
+    size = arguments.size
+    settings = SceneConfig(height=size, width=size, focal_px=1.25 * size, windows=arguments.windows)
+    counts = {name: getattr(arguments, name) for name in ("train", "val", "test") if getattr(arguments, name)}
+    write_scenes(arguments.out, counts, scene_textures(arguments.seed), config=settings, seed=arguments.seed)
+    print(f"{arguments.out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
 def _natural(arguments: argparse.Namespace) -> None:
@@ -133,6 +172,37 @@ def _render(arguments: argparse.Namespace) -> None:
         else:
             window_us = round(1000 * arguments.window_ms)
             video(source, arguments.out, window_us=window_us, fps=arguments.fps, slowdown=arguments.slowdown)
+    print(arguments.out)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from downstream.dense.model import DenseModel
+    from downstream.dense.predict import data_of, predict_data, predict_recording
+    from gep.data.options import ListingOptions
+    from gep.data.registry import list_recordings
+    from gep.events.io import open_events
+
+    if not arguments.data and arguments.options:
+        raise ValueError(f"{arguments.options[0]} has no effect on a recording; name a data set with --data")
+    if arguments.data and (arguments.start_ms or arguments.step_ms or arguments.stop_ms is not None):
+        raise ValueError("--start-ms, --stop-ms and --step-ms have no effect with --data: its labels say when")
+    model = DenseModel.from_pretrained(arguments.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    shown = {"fps": arguments.fps, "npz": arguments.npz}
+    if arguments.data:
+        options = config.load(ListingOptions, arguments.options)
+        chosen = {name: getattr(options, name) for name in config.given(arguments.options) if name}
+        data = data_of(model, {"name": arguments.data, "root": str(arguments.path), **chosen})
+        listing = list_recordings(arguments.data, arguments.path, arguments.split, data)
+        print(listing.describe())
+        print(json.dumps(predict_data(model, listing, arguments.out, data=data, **shown), indent=2))
+    else:
+        times = {f"{name}_us": round(1000 * getattr(arguments, f"{name}_ms")) for name in ("start", "step")}
+        stop_us = None if arguments.stop_ms is None else round(1000 * arguments.stop_ms)
+        with open_events(arguments.path, height=arguments.height, width=arguments.width) as source:
+            count = predict_recording(model, source, arguments.out, stop_us=stop_us, **times, **shown)
+        print(f"{count:,} predictions")
     print(arguments.out)
 
 

@@ -11,6 +11,7 @@ from gep.data.options import ListingOptions
 from gep.events.augment import AugmentConfig
 
 Name = Literal[
+    "scenes",
     "nmnist",
     "ncaltech101",
     "nimagenet",

@@ -14,6 +14,7 @@ from gep.data.labelled import CIFAR10_CLASSES, cifar10dvs, ncaltech101, ncars, n
 from gep.data.listing import Listing
 from gep.data.mvsec import mvsec
 from gep.data.options import ListingOptions
+from gep.data.scene_files import INDEX, scenes
 from gep.data.shards import open_shards
 
 Lister = Callable[[Path, str, ListingOptions], Listing]
@@ -71,12 +72,17 @@ DATASETS: dict[str, Dataset] = {
             "*_semantic_segmentation/*/*/11classes",
         ),
     ),
-    "dsec": Dataset(dsec, ("train", "test", "train_depth"), ("*/events/left/events.h5", "*/*/events/left/events.h5")),
+    "dsec": Dataset(
+        dsec,
+        ("train", "test", "train_depth", "depth_train", "depth_val", "depth_test"),
+        ("*/events/left/events.h5", "*/*/events/left/events.h5"),
+    ),
     "ddd17": Dataset(ddd17, ("train", "test"), ("dir*/segmentation_masks", "data/dir*/segmentation_masks")),
     "mvsec": Dataset(mvsec, ("train", "test"), ("*_gt.hdf5", "*/*_gt.hdf5", "*/*/*_gt.hdf5")),
     "eventscape": Dataset(
         eventscape, ("train", "val", "test"), ("*/sequence_*/events/data", "*/*/sequence_*/events/data")
     ),
+    "scenes": Dataset(scenes, ("train", "val", "test"), (INDEX,)),
     "shards": Dataset(lambda root, split, options: open_shards(root, split), ("",), ("index.json",)),
     "folder": Dataset(folder, ("train", "val", "test", "all"), ()),
 }

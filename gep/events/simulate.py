@@ -10,11 +10,19 @@ import torch
 
 from gep.events.camera import CameraPath
 from gep.events.sensor import NMNIST_SENSOR, SensorModel
-from gep.events.stepping import Outside, Run, Sensor, in_order
+from gep.events.stepping import Outside, Run, Sensor, Stills, View, in_order
 from gep.events.stepping import render as render
 from gep.events.types import EventBatch, Events
 
-__all__ = ["NMNIST_SENSOR", "SensorModel", "render", "simulate_batch", "simulate_counts", "simulate_events"]
+__all__ = [
+    "NMNIST_SENSOR",
+    "SensorModel",
+    "render",
+    "simulate_batch",
+    "simulate_counts",
+    "simulate_events",
+    "simulate_view",
+]
 
 
 def simulate_events(
@@ -49,14 +57,30 @@ def simulate_events(
     Raises:
         ValueError: images of another shape, dtype or range, or not as many as paths, sensors or seeds.
     """
+    stills = Stills(images, path, height=height, width=width, outside=outside)
+    return simulate_view(stills, sensor=sensor, seeds=_seeds(len(images), seeds, generator))
+
+
+def simulate_view(view: View, *, sensor: Sensor, seeds: Sequence[int]) -> list[Events]:
+    """Recordings of anything that can say what its pixels see (`Stills`, `gep.events.layers.Layers`).
+
+    Args:
+        view: B scenes and their cameras.
+        sensor: the pixel, or B of them.
+        seeds: B numbers; a recording depends on its own alone.
+
+    Returns:
+        B recordings as `simulate_events` gives them.
+    """
     recordings: list[Events] = []
-    begin, end = int(path.t_us[0]), int(path.t_us[-1])
-    for chunk in in_order(Run(images, path, sensor, height, width, outside, _seeds(len(images), seeds, generator))):
+    begin, end = int(view.t_us[0]), int(view.t_us[-1])
+    for chunk in in_order(Run(view, sensor, _seeds(len(view), seeds, None))):
         t, pixel, p = (v.cpu().numpy() for v in (chunk.t, chunk.pixel, chunk.on))
         cuts = np.searchsorted(t, np.arange(chunk.num_recordings + 1) * (end - begin)).tolist()
         for index, (a, b) in enumerate(itertools.pairwise(cuts)):
-            y, x = (v.astype(np.uint16) for v in np.divmod(pixel[a:b].astype(np.uint32), np.uint32(width)))
-            recordings.append(Events(t[a:b] - (index * (end - begin) - begin), x, y, p[a:b].copy(), height, width))
+            y, x = (v.astype(np.uint16) for v in np.divmod(pixel[a:b].astype(np.uint32), np.uint32(view.width)))
+            own = t[a:b] - (index * (end - begin) - begin)
+            recordings.append(Events(own, x, y, p[a:b].copy(), view.height, view.width))
     return recordings
 
 
@@ -87,7 +111,8 @@ def simulate_batch(
     windows = _windows(bounds, len(images))
     begin, end = int(path.t_us[0]), int(path.t_us[-1])
     parts: list[tuple[torch.Tensor, ...]] = []
-    for chunk in in_order(Run(images, path, sensor, height, width, outside, _seeds(len(images), seeds, generator))):
+    stills = Stills(images, path, height=height, width=width, outside=outside)
+    for chunk in in_order(Run(stills, sensor, _seeds(len(images), seeds, generator))):
         own = windows[chunk.first : chunk.first + chunk.num_recordings]
         shift = torch.arange(len(own))[:, None] * (end - begin) - begin
         cuts = torch.searchsorted(chunk.t, (own.clamp(begin, end) + shift[..., None]).to(chunk.t.device))
@@ -146,7 +171,8 @@ def simulate_counts(
     begins, ends = (v.to(images.device) for v in windows.unbind(2))
     counts = torch.zeros(len(images), num, 2, height, width, device=images.device)
     flat = counts.view(-1)
-    for step in Run(images, path, sensor, height, width, outside, _seeds(len(images), seeds, generator)):
+    stills = Stills(images, path, height=height, width=width, outside=outside)
+    for step in Run(stills, sensor, _seeds(len(images), seeds, generator)):
         recording = step.recording + step.first
         for window, (t0, t1) in enumerate(spans):
             if t1 <= step.begin or step.end <= t0:

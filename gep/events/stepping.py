@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -101,44 +101,93 @@ def in_order(run: Run) -> Iterator[Chunk]:
             yield Chunk(key >> (bits + 1), pixel, (key & 1).byte(), step.first, step.num_recordings)
 
 
-class Run:
-    """All steps of the first chunk of recordings, then those of the next: what all entries share."""
+class View(Protocol):
+    """B scenes as their cameras see them, at the times of a path."""
 
-    def __init__(
-        self,
-        images: torch.Tensor,
-        path: CameraPath,
-        sensor: Sensor,
-        height: int,
-        width: int,
-        outside: Outside,
-        seeds: list[int],
-    ):
-        _check(images, path, height, width, outside)
-        self.images, self.path, self.outside, self.seeds = images, path, outside, seeds
-        self.size, self.num_pixels = {"height": height, "width": width}, height * width
-        self.times = path.t_us.tolist()
+    @property
+    def t_us(self) -> torch.Tensor:
+        """(S,) int64 µs, ascending."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pictures are made."""
+
+    @property
+    def height(self) -> int:
+        """Sensor rows."""
+
+    @property
+    def width(self) -> int:
+        """Sensor columns."""
+
+    def __len__(self) -> int:
+        """B."""
+
+    def watch(self, part: slice, sensors: Sequence[SensorModel]) -> Callable[[int], torch.Tensor]:
+        """Index of a time -> (n, height, width) float in [0, 1]: the light on the pixels of the scenes `part`."""
+
+
+class Stills:
+    """Still images that move over the sensor: flat scenes, whose whole view a homography moves.
+
+    Args:
+        images: (B, H0, W0) float32 or float64 in [0, 1].
+        path: B camera paths.
+        height, width: of the sensor.
+        outside: what lies beyond an image.
+    Raises:
+        ValueError: images of another shape, dtype or range, or not as many as paths.
+    """
+
+    def __init__(self, images: torch.Tensor, path: CameraPath, *, height: int, width: int, outside: Outside):
+        _check(images, path, outside)
+        self.images, self.path, self.outside = images, path, outside
+        self.height, self.width, self.t_us, self.device = height, width, path.t_us, images.device
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def watch(self, part: slice, sensors: Sequence[SensorModel]) -> Callable[[int], torch.Tensor]:
+        """See `View`; the optics blur the images once, before they move."""
+        images = blur(light(sensors, self.images[part]), [sensor.blur_px for sensor in sensors], self.outside)
+        homography = self.path.homography[part].to(images)
+        size = {"height": self.height, "width": self.width}
+        return lambda step: render(images, homography[:, step], outside=self.outside, **size)
+
+
+class Run:
+    """All steps of the first chunk of recordings, then those of the next: what all entries share.
+
+    Raises:
+        ValueError: a sensor of no size, or not as many sensors as scenes.
+    """
+
+    def __init__(self, view: View, sensor: Sensor, seeds: list[int]):
+        if view.height < 1 or view.width < 1:
+            raise ValueError(f"sensor size {view.height}x{view.width} must be at least 1x1")
+        self.view, self.seeds = view, seeds
+        self.num_pixels = view.height * view.width
+        self.times = view.t_us.tolist()
         self.span = (self.times[0], self.times[-1])
-        self.sensors = [sensor] * len(images) if isinstance(sensor, SensorModel) else list(sensor)
-        if len(self.sensors) != len(images):
-            raise ValueError(f"{len(images)} images but {len(self.sensors)} sensors; give one, or one an image")
+        self.sensors = [sensor] * len(view) if isinstance(sensor, SensorModel) else list(sensor)
+        if len(self.sensors) != len(view):
+            raise ValueError(f"{len(view)} images but {len(self.sensors)} sensors; give one, or one an image")
 
     def __iter__(self) -> Iterator[Step]:
-        size = max(1, CHUNK_PIXELS.get(self.images.device.type, 2**18) // self.num_pixels)
-        for first in range(0, len(self.images), size):
+        size = max(1, CHUNK_PIXELS.get(self.view.device.type, 2**18) // self.num_pixels)
+        for first in range(0, len(self.view), size):
             yield from self._chunk(slice(first, first + size))
 
     def _chunk(self, chunk: slice) -> Iterator[Step]:
         sensors, num_pixels, times = self.sensors[chunk], self.num_pixels, self.times
-        part = blur(light(sensors, self.images[chunk]), [sensor.blur_px for sensor in sensors], self.outside)
-        homography = self.path.homography[chunk].to(part)
-        draws = draw(sensors, self.seeds[chunk], self.path.t_us, num_pixels, like=part)
-        pixels = Pixels(sensors, num_pixels, part)
-        level = pixels.level(render(part, homography[:, 0], outside=self.outside, **self.size).flatten())
+        watch = self.view.watch(chunk, sensors)
+        brightness = watch(0).flatten()
+        draws = draw(sensors, self.seeds[chunk], self.view.t_us, num_pixels, like=brightness)
+        pixels = Pixels(sensors, num_pixels, brightness)
+        level = pixels.level(brightness)
         state = State(level.clone(), draws.start, torch.zeros_like(level))
         for step, (begin, end) in enumerate(itertools.pairwise(times)):
-            seen = render(part, homography[:, step + 1], outside=self.outside, **self.size)
-            brightness = seen.flatten()
+            brightness = watch(step + 1).flatten()
             level = pixels.level(brightness)
             passed = pixels.passed(end - begin)
             if isinstance(passed, torch.Tensor) or passed != 1:
@@ -146,16 +195,14 @@ class Run:
             pixel, t, on = advance(state, level, brightness, end - begin, pixels, draws, step)
             recording = torch.div(pixel, num_pixels, rounding_mode="floor")
             pixel = pixel - recording * num_pixels
-            yield Step(recording, pixel, t + begin, on.long(), chunk.start, len(part), begin, end)
+            yield Step(recording, pixel, t + begin, on.long(), chunk.start, len(sensors), begin, end)
 
 
-def _check(images: torch.Tensor, path: CameraPath, height: int, width: int, outside: str) -> None:
+def _check(images: torch.Tensor, path: CameraPath, outside: str) -> None:
     if images.ndim != 3 or images.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"images must be float32 (B, H0, W0), got {images.dtype} {tuple(images.shape)}")
     if len(images) != len(path):
         raise ValueError(f"{len(images)} images but {len(path)} camera paths; give one path an image")
-    if height < 1 or width < 1:
-        raise ValueError(f"sensor size {height}x{width} must be at least 1x1")
     if outside not in ("zeros", "border", "reflection"):
         raise ValueError(f"outside = {outside!r} is not one of zeros, border, reflection")
     if images.numel() and not (images.min() >= 0 and images.max() <= 1):
