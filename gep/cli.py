@@ -192,7 +192,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     shown = {"fps": arguments.fps, "npz": arguments.npz}
     if arguments.data:
         options = config.load(ListingOptions, arguments.options)
-        chosen = {name: getattr(options, name) for name in config.given(arguments.options) if name}
+        chosen = {name: getattr(options, name) for name in config.given(arguments.options)}
         data = data_of(model, {"name": arguments.data, "root": str(arguments.path), **chosen})
         listing = list_recordings(arguments.data, arguments.path, arguments.split, data)
         print(listing.describe())

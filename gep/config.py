@@ -73,7 +73,7 @@ def given(argv: Sequence[str] | None = None) -> set[str]:
     """Dotted names of the fields that YAML files and the command line set, whatever their values."""
     files, overrides = _split(list(sys.argv[1:] if argv is None else argv))
     parts = [_read_yaml(path) for path in files] + [_parse(overrides)]
-    return {name for part in parts for name, _ in _leaves(OmegaConf.to_container(part), "")}
+    return {name for part in parts for name, _ in _leaves(OmegaConf.to_container(part), "") if name}
 
 
 def dump(cfg: Any) -> str:

@@ -24,6 +24,9 @@ SCHEMAS = {
     "gep/demo/stage1.yaml": Stage1Config,
     "gep/demo/stage2.yaml": Stage2Config,
     "gep/demo/natural.yaml": Stage1Config,
+    "gep/demo/scenes_stage1.yaml": Stage1Config,
+    "gep/demo/scenes_stage2.yaml": Stage2Config,
+    "gep/demo/scenes_probe.yaml": SegmentationConfig,
 }
 FILES = sorted(path for folder in ("configs", "gep/demo") for path in (ROOT / folder).rglob("*.yaml"))
 

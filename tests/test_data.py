@@ -123,7 +123,7 @@ def test_missing_and_empty(tmp_path: Path) -> None:
     (tmp_path / "Train" / "3").mkdir(parents=True)
     with pytest.raises(ValueError, match="no recording found"):
         list_recordings("nmnist", tmp_path, "train")
-    with pytest.raises(ValueError, match="choose one of cifar10dvs, .*nmnist, shards"):
+    with pytest.raises(ValueError, match="choose one of cifar10dvs, .*nmnist, scenes, shards"):
         list_recordings("mnist", tmp_path, "train")
     with pytest.raises(ValueError, match="no split 'val'"):
         list_recordings("nmnist", tmp_path, "val")

@@ -15,6 +15,7 @@ from gep.demo import report
 from gep.demo.digits import RESERVED, load_digits, rank_range, shown_in, training_digits
 from gep.demo.pipeline import Demo, real_recordings
 from gep.demo.recordings import simulate_digits
+from gep.demo.scenes import METHODS
 from gep.demo.standin import DigitImages, collate_digits, on_canvas, warp
 from gep.events.io import read_events
 from gep.events.io.bin import write_bin
@@ -120,16 +121,34 @@ def test_report_is_one_file_with_the_numbers(tmp_path: Path) -> None:
         "stage1": {"r1": 1.0, "r5": 2.0, "token_cosine": 0.5},
         "stage2": {"loss": 0.1, "copy_previous": 0.2, "mean_token": 0.3, "predicted_image_r1": 9.0},
         "seconds": {"teacher": 1.0},
+        "segmentation": {method: {"miou": [31.25, 1.5], "acc": [80.0, 0.0]} for method in METHODS},
+        "depth": {method: {"abs_rel": [0.25, 0.01], "rmse": [1.5, 0.1], "delta1": [0.7, 0.02]} for method in METHODS},
+        "scenes": {"labelled": 25, "test": 150, "seeds": 3, "window_ms": 40.0},
     }  # fmt: skip
     rng = np.random.default_rng(0)
     pictures = {
         "labels": ["1", "2"], "events": rng.random((2, 36, 36, 3)), "events_all": rng.random((2, 36, 36, 3)),
         "grid": (6, 6), "window_ms": 40.0, "tokens": {"stage 1,\nmean": rng.normal(size=(2, 36, 96))},
     }  # fmt: skip
-    path = report.write(tmp_path, results, pictures, teacher_accuracy=98.7)
+    maps = {method: rng.integers(0, 3, (2, 12, 12)) for method in METHODS}
+    scenes = {
+        "image": rng.random((2, 12, 12)), "events": rng.random((2, 12, 12, 3)), "classes": ("background", "a", "b"),
+        "true_mask": maps["scratch"], "true_depth": rng.uniform(1, 6, (2, 12, 12)),
+        "segmentation": maps, "depth": {method: 1.0 + ids for method, ids in maps.items()},
+    }  # fmt: skip
+    path = report.write(tmp_path, results, pictures, scenes, teacher_accuracy=98.7)
     page = path.read_text()
     assert not re.search(r'(src|href)="(?!data:)', page) and page.count("data:image/png;base64,") == len(
         list((tmp_path / "pictures").glob("*.png"))
     )
-    for text in ("98.7%", "12.3%", "45.6%", "55.0 ± 1.0", "–", "copy the previous frame"):
+    for text in (
+        "98.7%",
+        "12.3%",
+        "45.6%",
+        "55.0 ± 1.0",
+        "–",
+        "copy the previous frame",
+        "31.2 ± 1.5",
+        "0.250 ± 0.010",
+    ):
         assert text in page

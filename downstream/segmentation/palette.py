@@ -23,9 +23,12 @@ COLOURS: dict[str, Colour] = {
     "wall": (91, 44, 112),
     "traffic sign": (255, 224, 28),
 }
-"""Of DSEC-Semantic's classes; DDD17's have those of their likes. Any two of them, and IGNORE, stay 20 CIELAB units
-apart also without the red or the green cones."""
-_LIKE = {"sky": "background", "flat": "road", "object": "traffic sign", "human": "person", "vehicle": "car"}
+"""Of DSEC-Semantic's classes; DDD17's and the scenes' have those of their likes. Any two of them, and
+IGNORE, stay 20 CIELAB units apart also without the red or the green cones."""
+_LIKE = {
+    "sky": "background", "flat": "road", "object": "traffic sign", "human": "person", "vehicle": "car",
+    "checks": "car", "digit": "person", "photograph": "vegetation", "rings": "traffic sign", "stripes": "sidewalk",
+}  # fmt: skip
 
 # Linear RGB as seen with all cones, without the long and without the medium ones.
 # Source: Machado, Oliveira, Fernandes 2009, "A Physiologically-based Model for Simulation of Color Vision Deficiency".

@@ -36,7 +36,8 @@ class Recordings:
         paired: whether every sample must have its image.
         targets: whether samples hold the listing's masks and depth maps.
     Raises:
-        ValueError: paired, and the set has no images; or windows that no sample has the time for.
+        ValueError: paired, and the set has no images; windows that no sample has the time for; or events that would
+            stay in another view than what they are paired with.
     """
 
     def __init__(self, listing: Listing, config: DataConfig, *, paired: bool, targets: bool = False):
@@ -45,6 +46,11 @@ class Recordings:
                 f"data.root: {listing.name} {listing.split} has no images to pair with its recordings; "
                 "put them beside the recordings (N-MNIST: train_images.npz or MNIST's train-images-idx3-ubyte; "
                 "N-ImageNet: imagenet_train/<synset>/<stem>.JPEG), or use a task that needs none"
+            )
+        if listing.rectify is not None and not config.rectify and (paired or (targets and listing.targets)):
+            raise ValueError(
+                f"data.rectify=false: the pictures and targets of {listing.name} {listing.split} are in the rectified "
+                "view, and its events would stay in the raw one; leave data.rectify=true"
             )
         self.limits = _limits(listing)
         self.clips = Clips.of(listing, config.windows) if config.clip else None

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,34 +65,31 @@ def write_scenes(
     Returns:
         The folder.
     Raises:
-        FileExistsError: the folder holds something.
-        ValueError: splits whose classes differ.
+        FileExistsError: the folder holds something, or is a file.
+        ValueError: nothing to make, or splits whose classes differ.
     """
     root, config = Path(root), config or SceneConfig()
-    if root.is_dir() and any(root.iterdir()):
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"{root} holds something already; name a new folder for the scenes")
+    if not counts or min(counts.values()) < 1:
+        raise ValueError(f"{dict(counts)} scenes: give at least one scene of each split, and at least one split")
     names = {tuple(thing.name for thing in textures[split].things) for split in counts}
     if len(names) != 1:
         raise ValueError(f"the splits' classes differ: {sorted(names)}")
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     hidden = None if progress else True
-    with tqdm(total=sum(counts.values()), desc="scenes", leave=False, disable=hidden) as bar:
+    total = sum(counts.values())
+    with _appearing(root) as partial, tqdm(total=total, desc="scenes", leave=False, disable=hidden) as bar:
         for number, (split, count) in enumerate(counts.items()):
             rng = np.random.default_rng([seed, number])
             for first in range(0, count, _CHUNK):
-                scenes = draw_scenes(min(_CHUNK, count - first), *textures[split], config, rng)
-                seeds = rng.integers(2**62, size=len(scenes.labels)).tolist()
-                recordings = simulate_view(scenes.layers, sensor=sensor, seeds=seeds)
-                _write(partial / split, first, scenes, recordings, config)
+                drawn = draw_scenes(min(_CHUNK, count - first), *textures[split], config, rng)
+                seeds = rng.integers(2**62, size=len(drawn.labels)).tolist()
+                recordings = simulate_view(drawn.layers, sensor=sensor, seeds=seeds)
+                _write(partial / split, first, drawn, recordings, config)
                 bar.update(len(recordings))
-    index = {"classes": list(scenes.classes), "seed": seed, "counts": dict(counts)}
-    index |= {"config": dataclasses.asdict(config), "sensor": dataclasses.asdict(sensor)}
-    (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    if root.is_dir():
-        root.rmdir()
-    partial.rename(root)
+        index = {"classes": list(drawn.classes), "seed": seed, "counts": dict(counts)}
+        index |= {"config": dataclasses.asdict(config), "sensor": dataclasses.asdict(sensor)}
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return root
 
 
@@ -101,11 +99,13 @@ def scenes(root: Path, split: str, options: ListingOptions) -> Listing:
     Args:
         root: their folder.
         split: train, val, test or all.
-        options: as for `folder`.
+        options: as for `folder`; a scene has no class of its own, so that `label_from` must be left alone.
     Raises:
         FileNotFoundError: a folder that holds none, or not all of them.
-        ValueError: an index that cannot be read.
+        ValueError: an index that cannot be read, or `label_from`.
     """
+    if options.label_from != "folder":
+        raise ValueError(f"data.label_from={options.label_from}: scenes have no classes of their own; leave it out")
     index = root / INDEX
     if not index.is_file():
         raise FileNotFoundError(f"{index} is missing: {root} holds no scenes; make them with: gep scenes {root}")
@@ -114,6 +114,22 @@ def scenes(root: Path, split: str, options: ListingOptions) -> Listing:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index}: not an index of scenes ({error}); make them again: gep scenes DIR") from error
     return dataclasses.replace(folder(root, split, options), name="scenes", classes=classes)
+
+
+@contextmanager
+def _appearing(root: Path) -> Iterator[Path]:
+    """A folder beside `root` that takes its place when the block ends well, and is removed when not."""
+    root = root.absolute()
+    partial = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if root.is_dir():
+            root.rmdir()
+        partial.rename(root)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _write(base: Path, first: int, scenes: Scenes, recordings: list[Events], config: SceneConfig) -> None:
@@ -129,6 +145,6 @@ def _write(base: Path, first: int, scenes: Scenes, recordings: list[Events], con
         write_events(home / "events.arrow", events)
         (home / "images" / "timestamps.txt").write_text(stamps, encoding="ascii")
         for index, (picture, mask, depth) in enumerate(views):
-            Image.fromarray(picture[number]).save(home / "images" / f"{index:03d}.png")
-            Image.fromarray(mask[number]).save(home / "masks" / f"{index:03d}.png")
+            Image.fromarray(picture[number]).save(home / "images" / f"{index:03d}.png", compress_level=1)
+            Image.fromarray(mask[number]).save(home / "masks" / f"{index:03d}.png", compress_level=1)
             np.save(home / "depth" / f"{index:03d}.npy", depth[number])

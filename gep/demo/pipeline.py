@@ -24,6 +24,9 @@ from gep.data.sampler import Batches
 from gep.demo import evaluation, report
 from gep.demo.digits import Digits, training_digits
 from gep.demo.recordings import simulate_digits
+from gep.demo.scenes import FAST as FAST_SCENES
+from gep.demo.scenes import FULL as FULL_SCENES
+from gep.demo.scenes import SceneDemo, SceneSize
 from gep.demo.standin import DigitImages, StandInTask, build_model, collate_digits
 from gep.engine import TrainConfig, fit, make_accelerator
 from gep.evaluate import collect
@@ -41,13 +44,14 @@ class Size:
     scratch_steps: int
     scratch_draws: int
     num_test: int
+    scenes: SceneSize
 
 
-FULL = Size(1100, 2, 600, 360, 30, 2, 800)
-FAST = Size(200, 1, 120, 50, 8, 2, 300)
+FULL = Size(1100, 2, 600, 360, 30, 2, 800, FULL_SCENES)
+FAST = Size(200, 1, 120, 50, 8, 2, 300, FAST_SCENES)
 
 
-_PARTS = ("teacher", "data", "stage1", "stage2", "scratch")
+_PARTS = ("teacher", "data", "stage1", "stage2", "scratch", "scenes")
 _MARKER = ".gep-demo"
 _HELD_OUT = 240  # simulated recordings of unseen digits on which both stages report their own metrics
 
@@ -111,6 +115,7 @@ class Demo:
             seed=self.seed,
             timed=self._timed,
         )
+        scenes = SceneDemo(self.out / "scenes", teacher, self.size.scenes, self.seed, self._timed).run()
         results = {
             "recognition": {
                 "source": "real recordings" if recordings else "simulated recordings",
@@ -124,11 +129,12 @@ class Demo:
             "stage2": {
                 name: stage2[f"eval/{name}"] for name in ("loss", "copy_previous", "mean_token", "predicted_image_r1")
             },
+            **scenes.tables,
             "seconds": self.seconds,
         }
         write_json(self.out / "results.json", results)
         with self._timed("report"):
-            report.write(self.out, results, found.pictures, teacher_accuracy=self._teacher_accuracy)
+            report.write(self.out, results, found.pictures, scenes.pictures, teacher_accuracy=self._teacher_accuracy)
         write_json(self.out / "results.json", results)
         return results
 

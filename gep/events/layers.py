@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,16 @@ class Layer:
     homography: torch.Tensor
     """(B, S, 3, 3) float: sensor pixel (x, y, 1) -> (u, v, 1) / Z, with (u, v) the texture's pixel and Z its depth [m]
     along the optical axis at each time. The scale of the matrix is what carries the depth."""
+
+    @cached_property
+    def sampled(self) -> torch.Tensor:
+        """(B, 1 or 2, H0, W0): the texture; with an opacity, colour times opacity and opacity.
+
+        Sampled together, so that what lies under see-through texels does not bleed into the border.
+        """
+        if self.alpha is None:
+            return self.texture[:, None]
+        return torch.stack([self.texture * self.alpha, self.alpha], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,18 +114,23 @@ class Layers:
         matrix = layer.homography[:, step].to(layer.texture)[..., None, None]
         x = torch.arange(self.width, device=self.device, dtype=matrix.dtype)
         y = torch.arange(self.height, device=self.device, dtype=matrix.dtype)[:, None]
-        u, v, near = (matrix[:, row, 0] * x + matrix[:, row, 1] * y + matrix[:, row, 2] for row in range(3))
+        # Planes of u, of v and of 1 / Z, each written as a whole, then (u, v) seen as pairs.
+        planes = matrix.new_empty(3, len(matrix), self.height, self.width)
+        for row, plane in enumerate(planes):
+            torch.add(matrix[:, row, 0] * x, matrix[:, row, 1] * y, out=plane)
+            plane += matrix[:, row, 2]
+        near = planes[2]
         # A plane ends at its horizon, where 1 / Z is 0; behind the camera nothing is seen.
         before = near > 1e-6
         near = near.clamp_min(1e-6)
         rows, columns = layer.texture.shape[1:]
-        grid = torch.stack([(2 * u / near + 1) / columns - 1, (2 * v / near + 1) / rows - 1], dim=-1)
+        for plane, size in ((planes[0], columns), (planes[1], rows)):
+            plane.mul_(2).div_(near).add_(1).div_(size).sub_(1)
+        grid = planes[:2].permute(1, 2, 3, 0)
         if layer.alpha is None:
-            colour = F.grid_sample(layer.texture[:, None], grid, padding_mode="reflection", align_corners=False)[:, 0]
+            colour = F.grid_sample(layer.sampled, grid, padding_mode="reflection", align_corners=False)[:, 0]
             return colour, 1.0, 1 / near
-        # Sampled together: colour times opacity and opacity, so that the border does not bleed.
-        both = torch.stack([layer.texture * layer.alpha, layer.alpha], dim=1)
-        both = F.grid_sample(both, grid, padding_mode="zeros", align_corners=False)
+        both = F.grid_sample(layer.sampled, grid, padding_mode="zeros", align_corners=False)
         alpha = both[:, 1] * before
         return both[:, 0] / both[:, 1].clamp_min(1e-6), alpha, 1 / near
 

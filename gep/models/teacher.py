@@ -21,23 +21,24 @@ KIND = "vfm"
 
 
 class ImageModel(nn.Module):
-    """Image ViT with a class head on the mean of its tokens: what a stand-in teacher is trained as.
+    """Image ViT, with a class head on the mean of its tokens if it has classes: what a stand-in teacher is trained as.
 
     Args:
         encoder: keywords of EventEncoder; in_chans = 3, with the images' mean and std.
-        classes: names, in label order.
+        classes: names, in label order; none = tokens alone.
     """
 
-    def __init__(self, encoder: dict[str, Any], classes: Sequence[str]) -> None:
+    def __init__(self, encoder: dict[str, Any], classes: Sequence[str] = ()) -> None:
         super().__init__()
         self.encoder = EventEncoder(**encoder)
         if self.encoder.in_chans != 3:
             raise ValueError(f"encoder in_chans = {self.encoder.in_chans}: an image model takes 3 channels")
         self.classes = [str(name) for name in classes]
-        self.class_head = nn.Linear(self.encoder.embed_dim, len(self.classes))
+        self.class_head = nn.Linear(self.encoder.embed_dim, len(self.classes)) if self.classes else None
 
     def forward(self, image: Tensor) -> Tensor:
         """Class logits (B, K) of images (B, 3, H, W), uint8 or float in [0, 1]."""
+        assert self.class_head is not None, "this image model has no classes"
         return self.class_head(self.encoder(as_float(image))[1])
 
     def save(
@@ -285,6 +286,6 @@ def _from_export(
         "std": std,
         "grid": encoder.grid,
         "class_head": model.class_head,
-        "classes": model.classes,
+        "classes": model.classes or None,
         "text_reason": "it has a class head instead",
     }
