@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ import pytest
 h5py = pytest.importorskip("h5py", reason='needs the extra: pip install "gep[io]"')
 hdf5plugin = pytest.importorskip("hdf5plugin", reason='needs the extra: pip install "gep[io]"')
 
-from gep.events.io import open_events, open_hdf5, read_events, write_events  # noqa: E402
+from gep.events.io import hdf5_handle, open_events, open_hdf5, read_events, write_events  # noqa: E402
+from gep.events.io.hdf5_file import open_file  # noqa: E402
 from gep.events.types import EventFormatError, Events  # noqa: E402
 
 _OFFSET = 49_599_300_523
@@ -284,7 +287,7 @@ def test_handles_do_not_cross_processes(tmp_path):
     (t, x, y, p), _ = _make("DSEC", path)
     source = open_events(path)
     expected = int(source.by_index(10, 20).t.sum())
-    parent = source._file
+    parent = source._handle.file()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     process = context.Process(target=_child, args=(source, queue))
@@ -292,8 +295,33 @@ def test_handles_do_not_cross_processes(tmp_path):
     assert queue.get(timeout=60) == expected == int(t[10:20].sum())
     process.join()
     copy = pickle.loads(pickle.dumps(source))
-    assert copy._file is None and _equal(copy.read(), t, x, y, p)
-    assert source._file is parent and _equal(source.by_index(0, 9), t[:9], x[:9], y[:9], p[:9])
+    assert copy._handle._file is None and _equal(copy.read(), t, x, y, p)
+    assert source._handle.file() is parent and _equal(source.by_index(0, 9), t[:9], x[:9], y[:9], p[:9])
+
+
+def test_a_closed_source_stays_closed(tmp_path):
+    (t, *_), _ = _make("DSEC", tmp_path / "a.h5")
+    source = open_events(tmp_path / "a.h5")
+    source.close()
+    for read in (source.read, lambda: source.by_time(int(t[5]), int(t[9])), pickle.loads(pickle.dumps(source)).read):
+        with pytest.raises(ValueError, match=r"a\.h5: read after close\(\); open it again"):
+            read()
+
+
+def test_threads_open_a_file_once(tmp_path, monkeypatch):
+    path, opened = tmp_path / "a.h5", []
+    _make("DSEC", path)
+
+    def slow(*args):
+        time.sleep(0.05)
+        opened.append(open_file(*args))
+        return opened[-1]
+
+    source = pickle.loads(pickle.dumps(open_events(path)))  # as after a fork: no handle yet
+    monkeypatch.setattr(hdf5_handle, "open_file", slow)
+    with ThreadPoolExecutor(4) as pool:
+        sums = {int(events.t.sum()) for events in pool.map(lambda _: source.by_index(10, 20), range(4))}
+    assert len(opened) == len(sums) == 1
 
 
 @pytest.mark.parametrize("compression", ["lz4", "zstd", "gzip", "none"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gep.events.io import arrow_source, open_events, windows
+from gep.events.io import arrow_source, blosc, open_events, windows
 from gep.events.io.arrow import write_arrow
 from gep.events.io.arrow_source import ArrowSource
 from gep.events.io.files import FileBytes
@@ -59,6 +59,7 @@ def h5py_reads(monkeypatch):
 def test_windows_are_those_of_by_time(tmp_path, monkeypatch, kind, window_us, piece):
     events = _some(20_000)
     monkeypatch.setattr(windows, "_PIECE", piece)
+    monkeypatch.setattr(windows, "_EDGES", 50)
     if kind == "dsec":
         _write_dsec(tmp_path / "a.h5", events)
     if kind == "arrow":
@@ -90,15 +91,81 @@ def test_windows_within_given_times():
         source.windows(5, t0=3, t1=2)
 
 
-def test_pieces_shrink_where_the_rate_rises(monkeypatch):
+@pytest.mark.parametrize("kind", ["memory", "dsec", "arrow"])
+def test_windows_between_given_times_read_no_others(tmp_path, monkeypatch, kind):
+    events = _some(20_000)
+    monkeypatch.setattr(windows, "_PIECE", 3000)
+    if kind == "dsec":
+        _write_dsec(tmp_path / "a.h5", events)
+    if kind == "arrow":
+        write_arrow(tmp_path / "a.arrow", events, compression="lz4", batch=3000)
+    files = {"dsec": "a.h5", "arrow": "a.arrow"}
+    first, last = int(events.t[0]), int(events.t[-1])
+    with InMemory(tmp_path, events) if kind == "memory" else open_events(tmp_path / files[kind]) as source:
+        for t in (first - 5, first, first + 1, int(events.t[777]), int(events.t[9999]) + 50, last, last + 1, last + 9):
+            assert source.before(t) == np.searchsorted(events.t, t)
+        for t0, t1 in (
+            (first - 70, first + 900),
+            (first + 333, last - 444),
+            (last - 5, last + 90),
+            (last + 3, last + 9),
+        ):
+            found = list(source.windows(500, t0=t0, t1=t1))
+            assert [bounds for _, bounds in found] == [(t, t + 500) for t in range(t0, t1, 500)]
+            cuts = [np.searchsorted(events.t, [a, min(b, t1)]) for _, (a, b) in found]
+            assert all(_same(window, events[a:b]) for (window, _), (a, b) in zip(found, cuts, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["memory", "dsec"])
+def test_no_more_than_a_piece_is_read_at_once_where_the_rate_rises(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(windows, "_PIECE", 1000)
     t = np.concatenate([np.arange(0, 1_000_000, 1000), np.arange(1_000_000, 1_100_000)])
     zero = np.zeros_like(t)
-    source, sizes = InMemory("a", Events.from_arrays(t, zero, zero, zero, height=1, width=1)), []
-    by_time = source.by_time
-    source.by_time = lambda t0, t1: (sizes.append(len(by_time(t0, t1))), by_time(t0, t1))[1]
-    assert sum(len(window) for window, _ in source.windows(100)) == len(t)
-    assert max(sizes[3:]) <= 110_000 and sorted(sizes)[-2] <= 2200 and sum(sizes) == len(t)
+    events, sizes = Events.from_arrays(t, zero, zero, zero, height=1, width=1), []
+
+    def counted(read):
+        def counting(*args):
+            found = read(*args)
+            sizes.append(len(found))
+            return found
+
+        return counting
+
+    if kind == "dsec":
+        _write_dsec(tmp_path / "a.h5", events)
+    with InMemory(tmp_path, events) if kind == "memory" else open_events(tmp_path / "a.h5") as source:
+        for name in ("by_time", "by_index"):
+            monkeypatch.setattr(source, name, counted(getattr(source, name)))
+        for window_us in (100, 1_050_000):  # the longer one alone holds more than a piece
+            sizes.clear()
+            assert sum(len(window) for window, _ in source.windows(window_us)) == len(t)
+            assert max(sizes) <= 4 * windows._PIECE and sum(sizes) <= len(t) + 10 * len(sizes)
+
+
+@pytest.mark.parametrize("at", [5000, 5001])
+def test_times_that_step_back_are_refused(tmp_path, monkeypatch, at):
+    path, events = tmp_path / "a.h5", _some(20_000)
+    monkeypatch.setattr(windows, "_PIECE", 5000)  # at 5000 the step back shows between two pieces only
+    events.t[at] = events.t[0] + 1
+    _write_dsec(path, events)
+    with open_events(path) as source, pytest.raises(EventFormatError, match=rf"a\.h5: byte \d+: event {at}: t"):
+        list(source.windows(1000))
+    events.t[5000:10_000] = events.t[0]
+    with pytest.raises(EventFormatError, match=r"a\.h5: event 5000: the time steps back from \d+ to 17"):
+        list(InMemory(path, events).windows(1000))
+
+
+def test_a_closed_source_is_not_read_ahead_of(tmp_path, monkeypatch):
+    path = tmp_path / "a.h5"
+    monkeypatch.setattr(windows, "_PIECE", 500)
+    _write_dsec(path, _some(20_000))
+    source = open_events(path)
+    going = source.windows(1000)
+    next(going)
+    source.close()
+    with pytest.raises(ValueError, match=r"a\.h5: read after close"):
+        list(going)
+    assert source._handle._file is None
 
 
 def test_a_damaged_piece_raises_where_it_is_reached(tmp_path, monkeypatch):
@@ -166,6 +233,18 @@ def test_flipped_bytes_of_a_chunk_read_as_h5py_reads_them(tmp_path):
             refused += 1
             assert "a.h5: byte" in str(error) and (expected is None or expected.max() >= 640)
     assert refused > 40
+
+
+def test_a_damaged_last_block_is_not_read_past_its_end(monkeypatch):
+    for name in ("_number", "_content"):  # compiled, they check no index
+        monkeypatch.setattr(blosc, name, getattr(blosc, name).py_func)
+    for length in (12, 13, 14):
+        head = [bytes([2, 1, 0x91, 1])] + [n.to_bytes(4, "little") for n in (99, 99, 24 + length, 20, length)]
+        # A zstd frame whose header says that 8 bytes with the unpacked size follow.
+        frame = 0xFD2FB528.to_bytes(4, "little") + bytes([0xC0, 0]) + (99).to_bytes(8, "little")
+        chunk = np.frombuffer(b"".join(head) + frame[:length], np.uint8)
+        found = blosc._frames.py_func(chunk, 99, 1, np.empty(99, np.uint8), 0)
+        assert found == ((14, 99) if length == 14 else (-1, 0))
 
 
 def test_a_file_read_slice_by_slice(tmp_path):

@@ -134,11 +134,18 @@ def test_batch_validate_finds_hand_made_faults():
         batch.with_coordinates(batch.x.long(), batch.y.long()).validate()
 
 
-def test_a_single_window_is_not_copied_unless_it_is_read_only(recwarn):
-    window = _events([10, 20])
-    batch = EventBatch.from_windows([window])
-    assert batch.t.data_ptr() == window.t.ctypes.data and batch.x.data_ptr() == window.x.ctypes.data
-    for name in "txyp":
-        getattr(window, name).flags.writeable = False
-    batch = EventBatch.from_windows([window])
-    assert batch.t.data_ptr() != window.t.ctypes.data and batch.t.tolist() == [10, 20] and not recwarn.list
+@pytest.mark.parametrize("count", [1, 2])
+def test_writing_to_a_batch_changes_nothing_of_its_windows(count, recwarn):
+    windows = [_events([10, 20], x=[1, 2], y=[3, 1], p=[1, 0]) for _ in range(count)]
+    bounds = np.array([[10, 30]] * count)
+    batch = EventBatch.from_windows(windows, bounds)
+    for name in ("t", "x", "y", "p", "t0", "t1"):
+        getattr(batch, name).fill_(77)
+    for window in windows:
+        assert [getattr(window, name).tolist() for name in "txyp"] == [[10, 20], [1, 2], [3, 1], [1, 0]]
+    assert bounds.tolist() == [[10, 30]] * count
+    # Read-only memory, such as a mapped file's, makes writable batches too, without a warning of torch.
+    for array in (bounds, *(getattr(window, name) for window in windows for name in "txyp")):
+        array.flags.writeable = False
+    EventBatch.from_windows(windows, bounds).t.zero_()
+    assert windows[0].t.tolist() == [10, 20] and not recwarn.list

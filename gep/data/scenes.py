@@ -36,13 +36,13 @@ class SceneConfig:
     """length of a window [µs]"""
     step_us: int = 5_000
     """the camera's path is followed in steps of this length [µs]"""
-    objects: tuple[int, int] = (2, 3)
+    objects: tuple[int, int] = (1, 3)
     """least and most objects in a scene"""
-    size_m: Range = (0.75, 0.9)
+    size_m: Range = (1.1, 1.3)
     """sides of the objects' textures"""
-    depth_m: Range = (1.3, 3.2)
+    depth_m: Range = (1.6, 3.6)
     """depths of the objects' centres"""
-    background_m: Range = (5.0, 6.0)
+    background_m: Range = (5.5, 6.5)
     """depth of the background where the optical axis meets it"""
     tilt_rad: float = 0.3
     """largest tilt of objects and background about the two axes of the picture"""

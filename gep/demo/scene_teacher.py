@@ -36,13 +36,13 @@ class ScenePictures:
 
     @classmethod
     def draw(cls, count: int, textures: Textures, config: SceneConfig, seed: int) -> ScenePictures:
-        """The views at the begin and the end of `count` scenes' recordings."""
+        """The views at the begin and at the end of each window of `count` scenes' recordings."""
         rng = np.random.default_rng([seed, 77])
         parts: list[tuple[np.ndarray, ...]] = []
         for first in range(0, count, _CHUNK):
             scenes = draw_scenes(min(_CHUNK, count - first), *textures, config, rng)
             see = scenes.layers.watch()
-            for step in (0, len(scenes.layers.t_us) - 1):
+            for step in range(0, len(scenes.layers.t_us), config.window_us // config.step_us):
                 parts.append(((see(step) * 255).round().byte().numpy(), *scenes.truth(step)))
         return cls(*(np.concatenate(column) for column in zip(*parts)))
 
@@ -50,14 +50,9 @@ class ScenePictures:
         return len(self.image)
 
     def sample(self, index: int, rng: np.random.Generator | None) -> Sample:
-        """One picture; in training mirrored and turned by quarters at random, which scenes do not mind."""
-        image, mask, depth = self.image[index], self.mask[index], self.depth[index]
-        if rng is not None:
-            turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
-            image, mask, depth = (
-                np.rot90(array[:, ::-1] if mirror else array, turns) for array in (image, mask, depth)
-            )
-        return {"key": f"scene {index}", "image": image.copy(), "mask": mask.copy(), "depth": depth.copy()}
+        """One picture, as it is."""
+        maps = {"image": self.image[index], "mask": self.mask[index], "depth": self.depth[index]}
+        return {"key": f"scene {index}", **maps}
 
 
 def collate_pictures(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -55,8 +55,8 @@ class SceneSize:
     seeds: int
 
 
-FULL = SceneSize(1600, 600, 800, 500, 300, 25, 150, 300, 150, 3)
-FAST = SceneSize(64, 20, 40, 20, 10, 8, 16, 20, 10, 1)
+FULL = SceneSize(1200, 600, 800, 500, 300, 25, 150, 300, 150, 3)
+FAST = SceneSize(64, 20, 48, 20, 10, 16, 16, 20, 10, 1)
 
 
 @dataclass(frozen=True)

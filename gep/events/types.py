@@ -291,7 +291,7 @@ class EventBatch:
         """A checked batch (CPU) from windows of one sensor size.
 
         Args:
-            windows: B >= 1 windows in time order; their arrays are copied, those of a single one shared if writable.
+            windows: B >= 1 windows in time order; their arrays are copied.
             bounds: (B, 2) int64 µs [t0, t1) of each window; None takes the first time and the last + 1,
                 and (0, 1) for an empty window.
 
@@ -319,13 +319,11 @@ class EventBatch:
         np.cumsum([len(window) for window in windows], out=offsets[1:])
 
         def join(name: str) -> torch.Tensor:
-            arrays = [getattr(window, name) for window in windows]
-            # torch takes no read-only memory, such as a mapped file.
-            alone = len(arrays) == 1 and arrays[0].flags.writeable and arrays[0].flags.c_contiguous
-            array = arrays[0] if alone else np.concatenate(arrays)
+            # Copied even if there is but one: a batch may be written to, windows may be views on a recording kept open.
+            array = np.concatenate([getattr(window, name) for window in windows])
             return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
 
-        edges = torch.from_numpy(np.ascontiguousarray(bounds.T, dtype=np.int64))
+        edges = torch.from_numpy(np.array(bounds.T, dtype=np.int64, order="C"))
         return cls(
             t=join("t"),
             x=join("x"),

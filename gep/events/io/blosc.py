@@ -95,7 +95,7 @@ def _frames(chunk, size, item, packed, end):
         # A block that zstd could not shorten is stored as it is.
         if length < 12 or length >= holds or at + length > len(chunk) or end + length > len(packed):
             return bad
-        if _number(chunk, at, 4) != 0xFD2FB528 or _content(chunk, at + 4) != holds:
+        if _number(chunk, at, 4) != 0xFD2FB528 or _content(chunk, at + 4, at + length) != holds:
             return bad
         packed[end : end + length] = chunk[at : at + length]
         end += length
@@ -103,12 +103,15 @@ def _frames(chunk, size, item, packed, end):
 
 
 @numba.njit(nogil=True, cache=True)
-def _content(chunk, at):
-    """Unpacked bytes of a zstd frame by the header that follows its magic number; -1 where it does not say."""
+def _content(chunk, at, end):
+    """Unpacked bytes of a zstd frame by the header that follows its magic number; -1 where it does not say.
+
+    The frame ends at `end`; a damaged header may claim to be longer.
+    """
     head = chunk[at]
     single, kind = head >> 5 & 1, head >> 6
     at += 1 if single else 2
-    if head & 3 or (kind == 0 and not single):
+    if head & 3 or (kind == 0 and not single) or at + (1 << kind) > end:
         return np.int64(-1)
     return _number(chunk, at, 1 << kind) + (256 if kind == 1 else 0)
 

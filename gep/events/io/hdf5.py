@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 from gep.events.io import blosc
 from gep.events.io.arrow_batch import sound
 from gep.events.io.columns import microseconds, to_events
-from gep.events.io.hdf5_file import DAMAGE, open_file, write_hdf5
+from gep.events.io.hdf5_file import DAMAGE, write_hdf5
+from gep.events.io.hdf5_handle import Handle
 from gep.events.io.hdf5_layouts import find_layout, sensor_size
 from gep.events.io.source import EventSource, Format, damaged
 from gep.events.types import EventFormatError, Events
@@ -23,14 +23,14 @@ _MANY = 4  # chunks from which on they are unpacked together; below, those that 
 
 
 class Hdf5Source(EventSource):
-    """An HDF5 recording; the handle is opened when first used in a process and does not travel with a pickle."""
+    """An HDF5 recording; it may be used in forked processes, as a pickle, and by several threads."""
 
     read_ahead = 2
 
     def __init__(self, path: Path, *, height: int | None, width: int | None, recover: bool, camera: str):
-        self.path, self.camera, self._recover = path, camera, recover
-        self._file, self._process, self._data, self._probes = None, 0, {}, {}
-        file = self._open()
+        self.path, self.camera, self._recover, self._probes = path, camera, recover, {}
+        self._handle = Handle(path, recover)
+        file = self._handle.file()
         with self._guarded(lambda: (0, "the file's structure")):
             self._layout = find_layout(file, path, camera)
             size = sensor_size(file, self._layout)
@@ -45,9 +45,6 @@ class Hdf5Source(EventSource):
 
     def __len__(self) -> int:
         return self._len
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_file": None, "_process": 0, "_data": {}}
 
     @property
     def span(self) -> tuple[int, int]:
@@ -76,23 +73,12 @@ class Hdf5Source(EventSource):
             columns |= self._raw(begin + low, begin + high, "xyp")
         return self._events(begin + low, columns, unit="us", offset=0)
 
+    def before(self, t: int) -> int:
+        begin, _, times = self._around(t, t + 1)
+        return begin + int(np.searchsorted(times, t))
+
     def close(self) -> None:
-        if self._file is not None and self._process == os.getpid():
-            self._file.close()
-        self._file, self._data = None, {}
-
-    def _open(self) -> object:
-        if self._file is None or self._process != os.getpid():
-            self._file, self._process, self._data = open_file(self.path, self._recover), os.getpid(), {}
-        return self._file
-
-    def _dataset(self, name: str) -> object | None:
-        """A dataset, looked up once a handle; None where there is none of that name."""
-        file = self._open()
-        if name not in self._data:
-            found = file[name] if name in file else None
-            self._data[name] = found if hasattr(found, "shape") else None
-        return self._data[name]
+        self._handle.close()
 
     @contextmanager
     def _guarded(self, where: Callable[[], tuple[int, str]]) -> Iterator[None]:
@@ -101,6 +87,7 @@ class Hdf5Source(EventSource):
         except (EventFormatError, ImportError):
             raise
         except DAMAGE as error:
+            self._handle.check()  # another thread may have closed it during the read
             byte, what = where()
             cause = str(error).partition("\n")[0].strip("'\"") or type(error).__name__
             raise EventFormatError(f"{self.path}: byte {byte}: {what} cannot be read: {cause}") from error
@@ -112,17 +99,18 @@ class Hdf5Source(EventSource):
             mine = [n for n in "txyp" if self._layout.columns[n][0] == dataset and (self._table or n in names)]
             if not mine:
                 continue
-            values = self._unpacked(dataset, start, stop)
-            if values is None:
-                with self._guarded(lambda name=dataset: self._first_bad(name, start, stop)):
-                    values = self._dataset(dataset)[start:stop]
+            with self._guarded(lambda name=dataset: self._first_bad(name, start, stop)):
+                values = self._unpacked(dataset, start, stop)
+                direct = values is not None  # a lost chunk is no Blosc chunk
+                values = values if direct else self._handle.dataset(dataset)[start:stop]
+            if not direct:
                 self._check_filled(dataset, start, values)
             raw |= {n: values[:, self._layout.columns[n][1]] if self._table else values for n in mine}
         return raw
 
     def _unpacked(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Elements of a long stretch by `blosc.read`; None where h5py is to read them."""
-        data = self._dataset(name)
+        data = self._handle.dataset(name)
         if self._table or self._recover or not data.chunks or stop - start < _MANY * data.chunks[0]:
             return None
         key = f"simple {name}"
@@ -176,7 +164,7 @@ class Hdf5Source(EventSource):
             t = self._times(raw["t"])
             if len(t) and (begin == 0 or t[0] < t0) and (end == self._len or t[-1] >= t1):
                 return begin, raw, t
-        step = (self._dataset(self._layout.datasets[0]).chunks or (_STEP,))[0]
+        step = (self._handle.dataset(self._layout.datasets[0]).chunks or (_STEP,))[0]
         begin = self._bisect(t0, step, (self._len - 1) // step + 1)
         end = self._bisect(t1, step, (self._len - 1) // step + 1)
         begin, end = max(begin - 1, 0) * step, min(end * step, self._len)
@@ -196,7 +184,7 @@ class Hdf5Source(EventSource):
 
     def _by_index_map(self, t0: int, t1: int) -> tuple[int, int] | None:
         name = self._layout.index
-        data = self._dataset(name) if name else None
+        data = self._handle.dataset(name) if name else None
         if data is None:
             return None
         if "map" not in self._probes:
@@ -213,7 +201,7 @@ class Hdf5Source(EventSource):
     def _byte(self, name: str, element: int) -> int:
         """Byte of the file where an element's chunk, or the element itself, lies; 0 where HDF5 does not say."""
         try:
-            data = self._dataset(name)
+            data = self._handle.dataset(name)
             if data.chunks:
                 at = (element // data.chunks[0] * data.chunks[0], *(0 for _ in data.shape[1:]))
                 return int(data.id.get_chunk_info_by_coord(at).byte_offset or 0)
@@ -223,7 +211,7 @@ class Hdf5Source(EventSource):
 
     def _first_bad(self, name: str, start: int, stop: int) -> tuple[int, str]:
         """(byte, dataset and elements) of the first chunk in a range that cannot be read."""
-        data = self._dataset(name)
+        data = self._handle.dataset(name)
         step = (data.chunks or (max(stop - start, 1),))[0]
         for begin in range(start // step * step, stop, step):
             try:
@@ -234,7 +222,7 @@ class Hdf5Source(EventSource):
 
     def _keep_sound(self) -> None:
         total, last, fault = self._len, np.iinfo(np.int64).min, None
-        step = max((self._dataset(self._layout.datasets[0]).chunks or (_STEP,))[0], 1024)
+        step = max((self._handle.dataset(self._layout.datasets[0]).chunks or (_STEP,))[0], 1024)
         start, stop = 0, min(step, total)
         while start < total:
             try:
@@ -248,7 +236,7 @@ class Hdf5Source(EventSource):
                 if step == 0:
                     break
         if fault is None:
-            if self._file.driver == "fileobj":  # open_file had to pad it
+            if self._handle.file().driver == "fileobj":  # open_file had to pad it
                 size = self.path.stat().st_size
                 cause = "the file ends before its superblock says"
                 damaged(self.path, size, cause, recover=True, kept=total, lost="no event")
@@ -271,7 +259,7 @@ class Hdf5Source(EventSource):
     def _check_filled(self, name: str, start: int, values: np.ndarray) -> None:
         """Looks for chunks that begin with zeros; HDF5 reads lost ones so."""
         stop = start + len(values)
-        step = (self._dataset(name).chunks or (max(stop, 1),))[0]
+        step = (self._handle.dataset(name).chunks or (max(stop, 1),))[0]
         for at in range(start // step * step, stop, step):
             if not np.any(values[max(at - start, 0)]):
                 self._check_present(at, min(at + step, stop), (name,))
@@ -280,7 +268,7 @@ class Hdf5Source(EventSource):
         """Refuses chunks that a truncated file has lost: what stands in for them reads as zeros."""
         size = self.path.stat().st_size
         for name in names or self._layout.datasets:
-            data = self._dataset(name)
+            data = self._handle.dataset(name)
             row = data.dtype.itemsize * (4 if self._table else 1)
             for at in range(start, stop, data.chunks[0]) if data.chunks else (stop,):
                 if data.chunks:

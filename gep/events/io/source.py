@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import bisect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class EventSource(abc.ABC):
     width: int
     """Sensor columns."""
     read_ahead: int = 0
-    """Threads by which `windows` reads ahead; above 0 only where `by_time` may be called from several at once."""
+    """Threads by which `windows` reads ahead; above 0 only where `by_index` may be called from several at once."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -40,6 +41,10 @@ class EventSource(abc.ABC):
     @abc.abstractmethod
     def by_time(self, t0: int, t1: int) -> Events:
         """Validated events with t0 <= t < t1, µs as the file has them."""
+
+    def before(self, t: int) -> int:
+        """Number of events with a time below t µs: where they end, by index."""
+        return bisect.bisect_left(range(len(self)), t, key=lambda index: int(self.by_index(index, index + 1).t[0]))
 
     @property
     @abc.abstractmethod
@@ -60,9 +65,9 @@ class EventSource(abc.ABC):
     ) -> Iterator[tuple[Events, tuple[int, int]]]:
         """Adjoining windows of equal duration in order: the way to go through a recording once.
 
-        About a million events are read at a time, in some formats ahead of use in threads of their own, which is
-        several times as fast as a call of `by_time` a window. A few such pieces are held at once; windows are views on
-        them and stay valid.
+        About a million events are read at a time whatever time they take, in some formats ahead of use in threads of
+        their own, which is several times as fast as a call of `by_time` a window. A few such pieces are held at once
+        and what of a longer window has been read; windows are views on the pieces and stay valid.
 
         Args:
             window_us: duration of each window in µs.
@@ -75,7 +80,7 @@ class EventSource(abc.ABC):
 
         Raises:
             ValueError: window_us < 1 or t1 < t0.
-            EventFormatError: as `by_time`, at the first window of the damaged piece.
+            EventFormatError: as `by_index`, at the first window that ends in the damaged piece.
         """
         return windows(self, window_us, t0, t1)
 
@@ -105,6 +110,9 @@ class InMemory(EventSource):
     def by_time(self, t0: int, t1: int) -> Events:
         begin, end = np.searchsorted(self.events.t, [t0, t1])
         return self.events[int(begin) : int(end)]
+
+    def before(self, t: int) -> int:
+        return int(np.searchsorted(self.events.t, t))
 
     @property
     def span(self) -> tuple[int, int]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gep.events.types import Events
+from gep.events.types import EventFormatError, Events
 
 if TYPE_CHECKING:
     from gep.events.io.source import EventSource
 
-_PIECE = 1 << 20  # events read at once, about
-Piece = tuple[Events, np.ndarray]
-"""Events of adjoining windows, and the windows' edges in µs."""
+_PIECE = 1 << 20  # events read at once, whatever time they take: rates differ by orders of magnitude in one recording
+_EDGES = 1 << 16  # windows cut at once: a pause of hours has millions
 
 
 def windows(
@@ -31,55 +30,69 @@ def windows(
         end = begin
     if end < begin:
         raise ValueError(f"t1 = {t1} µs is before t0 = {begin} µs")
-    density = len(source) / max(last - first, 1)
-    return _cut(_Pieces(source, int(window_us), begin, end, density))
+    return _windows(source, int(window_us), begin, end)
 
 
-def _cut(pieces: _Pieces) -> Iterator[tuple[Events, tuple[int, int]]]:
-    for events, edges in pieces.ahead() if pieces.source.read_ahead else pieces:
-        pieces.learn(len(events), len(edges) - 1)
-        cuts = np.searchsorted(events.t, edges).tolist()
-        # The last edge may lie beyond the time covered, of which there are no events in the piece.
-        for k, (begin, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist())):
-            yield events[cuts[k] : cuts[k + 1]], (begin, end)
+def _windows(source: EventSource, window_us: int, begin: int, end: int) -> Iterator[tuple[Events, tuple[int, int]]]:
+    first, last = source.span
+    low = 0 if begin <= first else source.before(begin)
+    high = len(source) if end >= last else source.before(end)
+    index, time, held = low, begin, [Events.empty(source.height, source.width)]
+    for events in _pieces(source, low, high):
+        if events.t[0] < time:
+            # Two events that are read together are checked, and the message says where they lie.
+            source.by_index(max(index - 1, 0), index + 1)
+            raise EventFormatError(f"{source.path}: event {index}: the time steps back from {time} to {events.t[0]} µs")
+        index, time = index + len(events), int(events.t[-1])
+        if time >= end:
+            raise EventFormatError(f"{source.path}: event {index - 1}: t = {time} µs lies before events of {end} µs")
+        # Later events are at `time` or after it, so windows that end there are whole.
+        if (count := (time - begin) // window_us) > 0:
+            events = yield from _cut(held, events, begin, window_us, count)
+            begin, held = begin + count * window_us, []
+        held.append(events)
+    if (count := -(-(end - begin) // window_us)) > 0:
+        yield from _cut(held[:-1], held[-1], begin, window_us, count)
 
 
-class _Pieces:
-    """Stretches of a recording that hold about `_PIECE` events each, as far as the last ones tell."""
+def _cut(held: list[Events], events: Events, begin: int, window_us: int, count: int) -> Iterator[tuple]:
+    """Windows whose first one begins with the events held back; returns what follows the last."""
+    cut = int(np.searchsorted(events.t, begin + window_us))
+    yield _join([*held, events[:cut]]), (begin, begin + window_us)
+    for done in range(1, count, _EDGES):
+        edges = begin + window_us * np.arange(done, min(done + _EDGES, count) + 1, dtype=np.int64)
+        cuts, edges = np.searchsorted(events.t, edges).tolist(), edges.tolist()
+        for k in range(len(cuts) - 1):
+            yield events[cuts[k] : cuts[k + 1]], (edges[k], edges[k + 1])
+        cut = cuts[-1]
+    return events[cut:]
 
-    def __init__(self, source: EventSource, window_us: int, begin: int, end: int, density: float):
-        self.source, self._window_us, self._at, self._end = source, window_us, begin, end
-        self._count = max(1, int(_PIECE / max(density * window_us, 1e-6)))
 
-    def learn(self, events: int, count: int) -> None:
-        """Adapts the windows a piece has, given what was in one: rates change, memory has to stay bounded."""
-        self._count = max(1, min(2 * self._count, count * _PIECE // max(events, 1)))
+def _join(parts: list[Events]) -> Events:
+    parts = [part for part in parts if len(part)] or parts[:1]
+    if len(parts) == 1:
+        return parts[0]
+    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in "txyp")
+    return Events(*columns, parts[0].height, parts[0].width)
 
-    def __iter__(self) -> Iterator[Piece]:
-        while (read := self._next()) is not None:
-            yield read()
 
-    def ahead(self) -> Iterator[Piece]:
-        """The same, a few of them read ahead by threads."""
-        threads = self.source.read_ahead
-        with ThreadPoolExecutor(threads, "windows") as pool:
-            pending: deque[Future[Piece]] = deque()
-            try:
-                while True:
-                    while len(pending) <= threads and (read := self._next()) is not None:
-                        pending.append(pool.submit(read))
-                    if not pending:
-                        return
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
-
-    def _next(self) -> Callable[[], Piece] | None:
-        left = -(-(self._end - self._at) // self._window_us)
-        if left <= 0:
-            return None
-        edges = self._at + self._window_us * np.arange(min(self._count, left) + 1, dtype=np.int64)
-        begin, self._at = self._at, int(edges[-1])
-        stop = min(self._at, self._end)
-        return lambda: (self.source.by_time(begin, stop), edges)
+def _pieces(source: EventSource, low: int, high: int) -> Iterator[Events]:
+    """Events low, …, high − 1, at most `_PIECE` at a time; a few pieces are read ahead where the source allows it."""
+    threads = source.read_ahead
+    starts = iter(range(low, high, _PIECE))
+    if not threads:
+        for start in starts:
+            yield source.by_index(start, min(start + _PIECE, high))
+        return
+    with ThreadPoolExecutor(threads, "windows") as pool:
+        pending: deque[Future[Events]] = deque()
+        try:
+            while True:
+                while len(pending) <= threads and (start := next(starts, None)) is not None:
+                    pending.append(pool.submit(source.by_index, start, min(start + _PIECE, high)))
+                if not pending:
+                    return
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
