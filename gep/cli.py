@@ -72,9 +72,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     predict.add_argument("--start-ms", type=float, default=0.0, help="recording: begin, from the first event")
     predict.add_argument("--stop-ms", type=float, help="recording: end, from the first event; default: all of it")
     predict.add_argument("--step-ms", type=float, default=0.0, help="recording: between predictions; default: a window")
+    predict.add_argument(
+        "--rectify-map", type=Path, help="recording: the camera's rectify map; default: rectify_map.h5 beside it"
+    )
+    predict.add_argument("--raw", action="store_true", help="recording: leave events as they are, also without a map")
     predict.add_argument("--fps", type=float, default=0.0, help="film: frames a second; default: as fast as life")
     predict.add_argument("--npz", action="store_true", help="also write the maps themselves")
-    predict.epilog = "With --data: its options as key=value (subsampling=ess, depth=raw, …), anywhere on the line."
+    predict.epilog = (
+        "With --data: its options as key=value (subsampling=ess, clip=false, …), anywhere on the line; others are as "
+        "in the model's training. A model with num_events reads the last so many events before each time of a "
+        "recording; with --data, as in evaluation, the last so many of each sample's own span, which may hold fewer."
+    )
     _add_reading(predict)
     predict.set_defaults(run=_predict)
 
@@ -179,8 +187,8 @@ def _predict(arguments: argparse.Namespace) -> None:
     import torch
 
     from downstream.dense.model import DenseModel
-    from downstream.dense.predict import data_of, predict_data, predict_recording
-    from gep.data.options import ListingOptions
+    from downstream.dense.predict import predict_data, predict_recording
+    from downstream.dense.settings import PredictOptions, data_of
     from gep.data.registry import list_recordings
     from gep.events.io import open_events
 
@@ -188,10 +196,12 @@ def _predict(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.options[0]} has no effect on a recording; name a data set with --data")
     if arguments.data and (arguments.start_ms or arguments.step_ms or arguments.stop_ms is not None):
         raise ValueError("--start-ms, --stop-ms and --step-ms have no effect with --data: its labels say when")
+    if arguments.data and (arguments.rectify_map or arguments.raw):
+        raise ValueError("--rectify-map and --raw have no effect with --data: the data set has its own maps")
     model = DenseModel.from_pretrained(arguments.model).to("cuda" if torch.cuda.is_available() else "cpu")
     shown = {"fps": arguments.fps, "npz": arguments.npz}
     if arguments.data:
-        options = config.load(ListingOptions, arguments.options)
+        options = config.load(PredictOptions, arguments.options)
         chosen = {name: getattr(options, name) for name in config.given(arguments.options)}
         data = data_of(model, {"name": arguments.data, "root": str(arguments.path), **chosen})
         listing = list_recordings(arguments.data, arguments.path, arguments.split, data)
@@ -201,7 +211,8 @@ def _predict(arguments: argparse.Namespace) -> None:
         times = {f"{name}_us": round(1000 * getattr(arguments, f"{name}_ms")) for name in ("start", "step")}
         stop_us = None if arguments.stop_ms is None else round(1000 * arguments.stop_ms)
         with open_events(arguments.path, height=arguments.height, width=arguments.width) as source:
-            count = predict_recording(model, source, arguments.out, stop_us=stop_us, **times, **shown)
+            view = {"rectify_map": arguments.rectify_map, "raw": arguments.raw}
+            count = predict_recording(model, source, arguments.out, stop_us=stop_us, **times, **view, **shown)
         print(f"{count:,} predictions")
     print(arguments.out)
 

@@ -127,7 +127,7 @@ def test_mvsec_windows_of_the_past_end_at_depth_maps(tmp_path: Path) -> None:
 def test_mvsec_holds_out_the_end_of_its_one_training_sequence(tmp_path: Path) -> None:
     drive.write_mvsec(tmp_path, frames=21, count=4000)
     listing = list_recordings("mvsec", tmp_path, "train")
-    kept, held = hold_out_ends(listing, 0.25, 50_000)
+    kept, held = hold_out_ends(listing, 0.25)
     assert len(kept) == 15 and len(held) == 5 and not set(kept.keys) & set(held.keys)
     assert kept.spans[:, 1].max() <= held.spans[:, 0].min()
 

@@ -146,7 +146,9 @@ def test_sequences_of_a_listing() -> None:
 def test_each_set_has_its_published_scale() -> None:
     for name, far, alpha in (("mvsec", 80, 3.70378), ("eventscape", 1000, 5.70378), ("dsec", 80, 3.70378)):
         assert Depth.of(listing(("a/1",), name), DepthConfig()).scale == SCALES[name] == DepthScale(far, alpha)
-        assert Depth.of(listing(("a/1",), name), DepthConfig()).task == {"max_depth_m": far, "alpha": alpha}
+        assert Depth.of(listing(("a/1",), name), DepthConfig()).task == {
+            **{"max_depth_m": far, "alpha": alpha, "cutoff_m": 80.0, "averaging": "frame"}
+        }
     cfg = config.load(DepthConfig, ["scale.max_m=20", "scale.alpha=2", "cutoffs_m=[80,10]"])
     own = Depth.of(listing(("a/1",), "folder"), cfg)
     assert own.scale == DepthScale(20, 2) and own.cutoffs_m == (10, 80)
@@ -295,7 +297,7 @@ def test_eventscape_end_to_end(model: Path, tmp_path: Path) -> None:
     check_tables(found["test"], (30, 80, 1000), {f"Town05_test/sequence_{number}" for number in (0, 1)})
     assert found["test"]["cut-off 1000 m"]["all"]["pixels"] == 4 * 64 * 128
     exported = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
-    assert exported["task"] == {"max_depth_m": 1000.0, "alpha": 5.70378}
+    assert exported["task"] == {"max_depth_m": 1000.0, "alpha": 5.70378, "cutoff_m": 1000.0, "averaging": "frame"}
 
 
 @pytest.mark.slow

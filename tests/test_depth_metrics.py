@@ -166,8 +166,17 @@ def test_a_prediction_that_is_not_finite_is_an_error_only_where_there_is_truth()
     prediction[truth.isnan()] = NAN
     assert depth_rows(prediction, truth, events)["cut-off 80 m/all/abs_rel"][0].isfinite()
     prediction[:] = NAN
-    with pytest.raises(ValueError, match="predicted depth is not finite"):
-        depth_rows(prediction, truth, events)
+    # A rank that raised alone would leave the others waiting for its rows; gathered, all raise alike.
+    prediction[0], (good, *_) = torch.where(truth[0].isnan(), NAN, 1.0), frames()
+    prediction[1:] = NAN
+    rows = depth_rows(prediction, truth, events)
+    known = (truth > 0).flatten(1).any(dim=1)
+    assert rows["pixels_not_finite"].gt(0).tolist() == [False, *known[1:].tolist()] and known[:2].all()
+    groups = [f"s{index}" for index in range(len(truth))]
+    message = rf"predicted depth is not finite in {int(known[1:].sum())} of {len(truth)} .*number 1 \(of s1\)"
+    with pytest.raises(ValueError, match=message):
+        depth_summary(rows, groups)
+    depth_summary(depth_rows(good, truth, events), groups)
     with pytest.raises(ValueError, match="same \\(B, H, W\\)"):
         depth_rows(truth[:, :4], truth, events)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 from gep.data.config import DataConfig
@@ -32,7 +33,11 @@ class HeadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig:
-    """Everything that a dense run depends on; a task adds its own fields."""
+    """Everything that a dense run depends on; a task adds its own fields.
+
+    Samples without a past of `data.windows` windows are left out, of the test set too: runs with other `data.windows`
+    are scored on other samples. What the past adds is use_backbone=true against false at equal `data.windows`.
+    """
 
     run: str = "runs/dense"
     """folder of this run: config, metrics, results, checkpoints, best, export"""
@@ -46,7 +51,7 @@ class DenseConfig:
     """of the choice of that share"""
     head: HeadConfig = field(default_factory=HeadConfig)
     use_backbone: bool = True
-    """false = the encoder on the last window alone, also where the model has a backbone"""
+    """false = the encoder on the last window alone; what the past adds is seen so, at equal data.windows"""
     data: DataConfig = field(default_factory=DataConfig)
     test_split: str = ""
     """split to report on after training; empty = none. The best step is chosen on data.eval_split or the hold-out"""
@@ -69,8 +74,6 @@ class DenseConfig:
                 raise ValueError(f"{name}={getattr(self, name)} is negative")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction={self.fraction} is not in (0, 1]; 0.05 means 5 %")
-        if self.mode == "scratch" and self.encoder_lr == 0:
-            raise ValueError("encoder_lr=0 would leave random weights untrained in mode=scratch; use encoder_lr=1")
         self._check_splits()
         self._check_data()
         if self.cache_features and not self.frozen:
@@ -85,16 +88,34 @@ class DenseConfig:
         """Whether the head alone is trained."""
         return self.mode in ("probe", "histogram")
 
+    def without_effect(self) -> list[str]:
+        """The fields that were changed from their defaults to no effect, as "name=value (because of what)"."""
+        alike = f"mode={self.mode}" if self.frozen or self.mode == "scratch" else ""
+        raw = f"mode={self.mode}" if self.mode == "histogram" else ""
+        why = {
+            **dict.fromkeys(("encoder_lr", "backbone_lr", "optim.layer_decay"), alike),
+            **dict.fromkeys(("head.num_levels", "use_backbone"), raw),
+            "head.width": "head.name=linear" if self.head.name == "linear" else "",
+            "holdout_by": f"data.eval_split={self.data.eval_split}" if self.data.eval_split else "",
+        }
+        default = DenseConfig()
+        changed = {name: attrgetter(name)(self) for name in why}
+        return [
+            f"{name}={value} ({why[name]})"
+            for name, value in changed.items()
+            if why[name] and value != attrgetter(name)(default)
+        ]
+
     def _check_splits(self) -> None:
         if self.test_split and self.test_split in (self.data.train_split, self.data.eval_split):
             raise ValueError(
                 f"test_split={self.test_split} is also data.train_split or data.eval_split: the best step would be "
                 "chosen on the test set; leave data.eval_split empty to hold a part of the training split out"
             )
-        if self.data.eval_split == "test":
+        if "test" in self.data.eval_split.lower():
             raise ValueError(
-                "data.eval_split=test would choose the best step on the test set; leave it empty to hold a part of the "
-                "training split out (data.holdout), and set test_split=test"
+                f"data.eval_split={self.data.eval_split} would choose the best step on the test set; leave it empty to "
+                f"hold a part of the training split out (data.holdout), and set test_split={self.data.eval_split}"
             )
 
     def _check_data(self) -> None:

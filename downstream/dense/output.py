@@ -53,7 +53,12 @@ def replacing_folder(out: Path) -> Iterator[Path]:
         yield new
         if out.exists():
             os.rename(out, old)
-        os.rename(new, out)
+        try:
+            os.rename(new, out)
+        except BaseException:
+            if old.exists():
+                os.rename(old, out)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

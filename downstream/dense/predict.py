@@ -18,7 +18,9 @@ from tqdm import tqdm
 from downstream.dense.model import DenseModel
 from downstream.dense.output import MapWriter, is_film, map_writer, replacing_folder
 from downstream.dense.pictures import ClassLegend, DepthLegend, Legend, Sheet
+from downstream.dense.settings import data_of
 from downstream.dense.streaming import Memory, depth_scale, ends_of, predictions, values_of
+from downstream.dense.view import view_of
 from downstream.depth.metrics import depth_rows, depth_summary
 from downstream.depth.task import normalised
 from downstream.metrics import confusion, segmentation_metrics
@@ -29,7 +31,6 @@ from gep.data.listing import Listing
 from gep.data.paired import Recordings
 from gep.events import augment
 from gep.events.io import EventSource
-from gep.events.prepare import INPUT_KEYS
 from gep.events.render import check_film, pictures, write_film
 from gep.events.types import EventBatch, Events
 
@@ -54,32 +55,39 @@ def predict_recording(
     start_us: int = 0,
     stop_us: int | None = None,
     step_us: int = 0,
+    rectify_map: str | Path | None = None,
+    raw: bool = False,
     fps: float = 0.0,
     npz: bool = False,
     progress: bool = True,
 ) -> int:
     """Predicts a recording of any length step by step; memory does not grow with it (but for a GIF's frames).
 
+    A model with `num_events` reads the last so many events before each time, however long they took. In training and
+    evaluation it reads the last so many of a sample's own span, and all of those where the span holds fewer.
+
     Args:
         model: in evaluation mode, on the device to use.
         source: the open recording.
         out: .mp4 or .gif, or a folder of PNGs; whole or not there at all.
         start_us, stop_us, step_us: see `ends_of`.
+        rectify_map, raw: see `downstream.dense.view.view_of`.
         fps: frames a second of a film; 0 = as fast as life, at most 30.
         npz: also write the maps, as `predictions.npz` in the folder or beside the film under its name.
         progress: whether to show a bar.
     Returns:
         Number of predictions.
     Raises:
-        ValueError: see `ends_of` and `gep.events.render.check_film`.
+        FileNotFoundError, ValueError: see `view_of`, `ends_of` and `gep.events.render.check_film`.
         FileExistsError: the folder holds other files.
     """
+    view = view_of(model.input_settings, source, rectify_map=rectify_map, raw=raw)
     ends = ends_of(source, model.input_settings, start_us=start_us, stop_us=stop_us, step_us=step_us)
     begin = source.span[0]
     sheet = Sheet((source.height, source.width), ("events", model.kind), legend_of(model))
 
     def frames() -> Iterator[Frame]:
-        for found in predictions(model, source, ends):
+        for found in predictions(model, source, ends, view):
             panels = (_drawn(found.events), sheet.legend.picture(found.values))
             yield Frame(panels, f"t = {(found.t_us - begin) / 1e6:.3f} s", "", found.values, found.t_us)
 
@@ -100,12 +108,14 @@ def predict_data(
 ) -> dict[str, Any]:
     """Predicts every sample of a labelled data set in its order, with the truth beside it.
 
-    The windows are those that the model is evaluated on, and so are the numbers, of the model's canvas.
+    Windows, canvas and cut-off are those of the model's evaluation, and the numbers are those in the results of its
+    run. They are computed in float32, a sample at a time: to about 1e-5 of what a run with train.precision=no found,
+    and as far from that of one in bf16 or fp16 as these round. There is no test-time augmentation here.
 
     Args:
         model, out, npz, progress: as `predict_recording`.
         listing: samples with masks or depth.
-        data: what it was listed with, for options such as `rectify`; None = as the model was trained.
+        data: what it was listed with, of `data_of`; None = as the model was trained.
         fps: frames a second of a film; 0 = 10.
     Returns:
         {"samples"} and the numbers of the whole split: mIoU and accuracy [%], or AbsRel, RMSE [m] and δ1.
@@ -144,7 +154,8 @@ def predict_data(
             panels = (_drawn(newest), sheet.legend.picture(values), sheet.legend.picture(sample[target]))
             yield Frame(panels, sample["key"], text, values, int(bounds[-1, 1]))
 
-    _write(Path(out), frames(), sheet, model, len(samples), fps=fps or 10.0, npz=npz, bar=progress)
+    keys = {"key": np.array(samples.listing.keys)}
+    _write(Path(out), frames(), sheet, model, len(samples), fps=fps or 10.0, npz=npz, bar=progress, extra=keys)
     return {"samples": len(samples), **scores.total()}
 
 
@@ -153,8 +164,10 @@ class Scores:
 
     def __init__(self, model: DenseModel):
         self.model, self.rows = model, list[dict[str, Tensor]]()
-        # Beyond 80 m the papers have no columns.
-        self.cutoff_m = min(80.0, depth_scale(model).max_m) if model.kind == "depth" else 0.0
+        self.cutoff_m, self.averaging = 0.0, model.task.get("averaging", "frame")
+        if model.kind == "depth":
+            # Of a model that does not say: beyond 80 m the papers have no columns.
+            self.cutoff_m = float(model.task.get("cutoff_m", min(80.0, depth_scale(model).max_m)))
 
     def add(self, output: Tensor, truth: np.ndarray, events: Events) -> str:
         """Counts a sample.
@@ -186,7 +199,8 @@ class Scores:
             return {name: found[name] for name in ("miou", "acc")}
         if not isinstance(rows, dict):
             rows = {name: torch.cat([row[name] for row in self.rows]) for name in self.rows[0]}
-        table = depth_summary(rows, ["all"] * len(next(iter(rows.values()))))
+        groups = ["all"] * len(next(iter(rows.values())))
+        table = depth_summary(rows, groups, averaging=self.averaging)
         numbers = table[f"cut-off {self.cutoff_m:g} m"]["all"]
         return {**{name: numbers[name] for name in ("abs_rel", "rmse", "delta1")}, "cutoff_m": self.cutoff_m}
 
@@ -195,12 +209,6 @@ def _text(numbers: Mapping[str, float]) -> str:
     if "miou" in numbers:
         return f"mIoU {numbers['miou']:.1f} %, accuracy {numbers['acc']:.1f} %"
     return f"AbsRel {numbers['abs_rel']:.3f}, RMSE {numbers['rmse']:.2f} m (cut-off {numbers['cutoff_m']:g} m)"
-
-
-def data_of(model: DenseModel, options: Mapping[str, Any] | None = None) -> DataConfig:
-    """The data config that cuts samples as the model's training did, with further options of the data set."""
-    kept = {key: model.input_settings[key] for key in (*INPUT_KEYS, "rectify", "rows") if key in model.input_settings}
-    return DataConfig(**(kept | dict(options or {})))
 
 
 def legend_of(model: DenseModel) -> Legend:
@@ -225,13 +233,24 @@ def _drawn(events: Events) -> np.ndarray:
 
 
 def _write(
-    out: Path, frames: Iterator[Frame], sheet: Sheet, model: DenseModel, count: int, *, fps: float, npz: bool, bar: bool
+    out: Path,
+    frames: Iterator[Frame],
+    sheet: Sheet,
+    model: DenseModel,
+    count: int,
+    *,
+    fps: float,
+    npz: bool,
+    bar: bool,
+    extra: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     film = is_film(out)
     if film:
         check_film(out, fps=fps, frames=count, pixels=sheet.shape[0] * sheet.shape[1])
     model.eval()
-    extra = {"classes": np.array(model.task["classes"])} if model.kind == "segmentation" else {}
+    extra = dict(extra or {})
+    if model.kind == "segmentation":
+        extra["classes"] = np.array(model.task["classes"])
 
     def pages(maps: MapWriter | None) -> Iterator[np.ndarray]:
         for frame in tqdm(frames, total=count, desc=out.name, unit="frame", disable=None if bar else True, leave=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from downstream.dense.config import DenseConfig
 from downstream.dense.features import DenseFeatures, HistogramFeatures
 from downstream.dense.heads import Standardise, build_head
 from downstream.dense.model import DenseModel
+from downstream.dense.settings import input_settings
 from downstream.dense.splits import Splits, open_splits
 from downstream.dense.task import DenseTask, Problem
 from gep import config, distributed, export
@@ -33,7 +35,6 @@ from gep.data.paired import Recordings, collate
 from gep.data.sampler import Batch
 from gep.engine import TrainConfig, fit, make_accelerator
 from gep.evaluate import collect
-from gep.events.prepare import INPUT_KEYS
 from gep.events.types import EventFormatError
 from gep.hub import GEPModel
 from gep.optim import param_groups
@@ -54,14 +55,18 @@ def run_dense(
         What is in results_<mode>.json of the run folder.
     """
     accelerator = make_accelerator(cfg.train, cfg.run)
-    pretrained = GEPModel.from_pretrained(cfg.model)
+    idle = cfg.without_effect()
+    if idle and accelerator.is_main_process:
+        warnings.warn(f"no effect: {', '.join(idle)}", stacklevel=2)
+    folder = folder_of(cfg.model)
+    pretrained = GEPModel.from_pretrained(folder)
     given, settings = config.given(argv), pretrained.input_settings
     data = take_over(cfg.data, settings, cfg.model, given=given, free=tuple(settings))
     run_dir = prepare_run_dir(
         cfg.run,
         cfg,
         may_differ=("run", "model", "tta", "test_split", *roots(cfg.data)),
-        inputs={"model": f"{cfg.model}/{export.WEIGHTS}"},
+        inputs={"model": folder / export.WEIGHTS},
     )
     splits = open_splits(cfg, data)
     problem = problem_of(splits.train.listing)
@@ -69,13 +74,19 @@ def run_dense(
     accelerator.print(splits.describe())
     if cfg.mode == "scratch":
         reinitialise(pretrained, cfg.train.seed)
-    task = DenseTask(build_model(cfg, data, pretrained, problem), problem).to(accelerator.device)
+    model = build_model(cfg, data, pretrained, problem, splits.train.listing)
+    task = DenseTask(model, problem).to(accelerator.device)
     before = digest(task.model.features)
     best, last = train(cfg, data, task, splits, accelerator, run_dir)
     after = digest(task.model.features)
-    assert not cfg.frozen or before == after, "a probe changed the features"
+    if cfg.frozen and before != after:
+        raise RuntimeError(
+            f"{run_dir}: mode={cfg.mode} changed the features of {cfg.model} (SHA-256 {before} before, {after} after); "
+            "its results would be none of a frozen model: please report this with the run's config.yaml"
+        )
     results: dict[str, Any] = {
         "mode": cfg.mode,
+        "model": {"name": cfg.model, "sha256": hashlib.sha256((folder / export.WEIGHTS).read_bytes()).hexdigest()},
         "head": cfg.head.name,
         "sets": splits.record(),
         "input": dict(task.model.input_settings),
@@ -98,7 +109,15 @@ def run_dense(
     return results
 
 
-def build_model(cfg: DenseConfig, data: DataConfig, pretrained: GEPModel, problem: Problem) -> DenseModel:
+def folder_of(model: str) -> Path:
+    """The folder of an exported model: as it is named, or downloaded from the Hub; what it holds then has one place."""
+    folder = Path(model).expanduser()
+    return folder if folder.is_dir() else export.fetch(model)
+
+
+def build_model(
+    cfg: DenseConfig, data: DataConfig, pretrained: GEPModel, problem: Problem, listing: Listing | None = None
+) -> DenseModel:
     """Features as the mode says, with parts that are not trained frozen, and a head for what they state."""
     if cfg.mode == "histogram":
         features: DenseFeatures | HistogramFeatures = HistogramFeatures(pretrained, windows=data.windows)
@@ -112,7 +131,7 @@ def build_model(cfg: DenseConfig, data: DataConfig, pretrained: GEPModel, proble
         features,
         build_head(cfg.head.name, features.channels, problem.num_outputs, width=cfg.head.width),
         kind=problem.name,
-        input_settings={key: getattr(data, key) for key in (*INPUT_KEYS, "rectify", "rows")},
+        input_settings=input_settings(data, listing),
         task=problem.task,
     )
 
@@ -135,9 +154,10 @@ def train(
     cached: dict[str, CachedMaps] = {}
     if cfg.cache_features:
         share, title = _share(cfg.train, accelerator), "maps" if cfg.train.progress else None
+        total = len(splits.train) + len(splits.validation)
         for name in ("train", "validation"):
             source = splits.sets[name]
-            cached[name] = CachedMaps.of(task, source, accelerator, batch_size=share, title=title)
+            cached[name] = CachedMaps.of(task, source, accelerator, batch_size=share, total=total, title=title)
     standardise(task.model, _first_maps(task, splits.train, cached.get("train"), accelerator))
     best = Best(task.model.head if cfg.frozen else task.model, run_dir, higher=task.problem.higher)
 

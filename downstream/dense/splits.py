@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from downstream.dense.config import DenseConfig
 from downstream.dense.fractions import nested_share
+from gep.data import ddd17, mvsec
 from gep.data.build import check_classes
 from gep.data.config import DataConfig
+from gep.data.dsec_layout import DEPTH_SPLITS, SEMANTIC_TEST, TEST
 from gep.data.listing import Listing
 from gep.data.paired import Recordings
 from gep.data.registry import list_recordings
+
+_TEST_SEQUENCES = {
+    "dsec": (*TEST, *DEPTH_SPLITS["depth_test"]),
+    "dsec_semantic": SEMANTIC_TEST,
+    "ddd17": ddd17.SPLITS["test"],
+    "mvsec": mvsec.SPLITS["test"],
+}
+"""By the name of the set; in its keys they stand first."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +51,15 @@ class Splits:
         return {name: source for name, source in self.sets.items() if name != "train"}
 
     def describe(self) -> str:
-        """A line a set, for people."""
-        return "\n".join(f"{name}: {source.describe()}{self._left_out(name)}" for name, source in self.sets.items())
+        """A line a set, for people, and a note where the test set is not whole."""
+        lines = [f"{name}: {source.describe()}{self._left_out(name)}" for name, source in self.sets.items()]
+        if "test" in self.sets and (left := self.listed["test"] - len(self.sets["test"])):
+            lines.append(
+                f"NOTE: {left} of {self.listed['test']} test samples are left out, so that these numbers are of other "
+                "samples than those of another data.windows; to see what the past adds, compare with "
+                "use_backbone=false at equal data.windows"
+            )
+        return "\n".join(lines)
 
     def require(self, target: str) -> None:
         """Raises ValueError where a set lacks the target ("mask", "depth")."""
@@ -80,7 +98,7 @@ def open_splits(cfg: DenseConfig, data: DataConfig) -> Splits:
         data: its data config after the export's input settings were taken over.
     Raises:
         FileNotFoundError, ValueError: see `list_recordings`, `Listing.hold_out` and `Recordings`; splits that
-            share samples; an empty one.
+            share samples; an empty one; a validation set of test sequences.
     """
 
     def listed(split: str) -> Listing:
@@ -89,8 +107,9 @@ def open_splits(cfg: DenseConfig, data: DataConfig) -> Splits:
     train = listed(data.train_split)
     if data.eval_split:
         held = listed(data.eval_split)
+        _refuse_test(held)
     elif cfg.holdout_by == "time":
-        train, held = hold_out_ends(train, data.holdout, data.windows * data.window_us)
+        train, held = hold_out_ends(train, data.holdout)
     else:
         try:
             train, held = train.hold_out(data.holdout)
@@ -100,8 +119,17 @@ def open_splits(cfg: DenseConfig, data: DataConfig) -> Splits:
     if cfg.test_split:
         found["test"] = listed(cfg.test_split)
     _check(found)
-    sets = {name: Recordings(listing, data, paired=False, targets=True) for name, listing in found.items()}
+    sets = {}
+    for name, listing in found.items():
+        try:
+            sets[name] = Recordings(listing, data, paired=False, targets=True)
+        except ValueError as error:
+            if name != "validation" or data.eval_split:
+                raise
+            raise ValueError(f"{error}; or hold more of the recordings out (data.holdout={data.holdout:g})") from error
     counts = {name: len(listing) for name, listing in found.items()}
+    if cfg.holdout_by == "time" and not data.eval_split:
+        sets["validation"] = after(train, sets["validation"])
     if cfg.fraction < 1:
         chosen = nested_share(sets["train"].listing.keys, cfg.fraction, cfg.fraction_seed)
         title = f"{train.split}[{100 * cfg.fraction:g} %, seed {cfg.fraction_seed}]"
@@ -110,15 +138,15 @@ def open_splits(cfg: DenseConfig, data: DataConfig) -> Splits:
     return Splits(sets, counts)
 
 
-def hold_out_ends(listing: Listing, fraction: float, past_us: int) -> tuple[Listing, Listing]:
+def hold_out_ends(listing: Listing, fraction: float) -> tuple[Listing, Listing]:
     """Splits into (kept, held out): the last samples of each recording, for sets with too few recordings.
 
     Args:
         listing: spans of recordings.
-        fraction: held out of each recording.
-        past_us: how far windows reach back from a sample's end [µs]; those that reach over the cut are in neither.
+        fraction: held out of each recording, of which the first sample is always kept; samples whose span reaches
+            over the cut are in neither.
     Raises:
-        ValueError: samples that are no spans of longer recordings.
+        ValueError: samples that are no spans of longer recordings, or of which nothing could be kept.
     """
     if listing.spans is None or not listing.files:
         raise ValueError(
@@ -130,20 +158,63 @@ def hold_out_ends(listing: Listing, fraction: float, past_us: int) -> tuple[List
     for file in np.unique(files):
         own = np.flatnonzero(files == file)
         own = own[np.argsort(listing.spans[own, 1], kind="stable")]
-        cut = len(own) - max(1, round(fraction * len(own)))
+        cut = min(len(own) - 1, max(1, len(own) - max(1, round(fraction * len(own)))))
         kept += own[:cut].tolist()
         before = listing.spans[own[cut - 1], 1] if cut else -np.inf
-        held += [int(i) for i in own[cut:] if listing.spans[i, 1] - past_us >= before]
+        held += [int(i) for i in own[cut:] if listing.spans[i, 0] >= before]
+    if not kept:
+        raise ValueError(
+            f"holdout_by=time: each recording of {listing.name} {listing.split} has a single sample, and none is left "
+            f"to learn from with data.holdout={fraction:g}; use holdout_by=recording, or name data.eval_split"
+        )
     return (
         listing.subset(sorted(kept), f"{listing.split}[kept]"),
         listing.subset(sorted(held), f"{listing.split}[last {fraction:g} of each recording]"),
     )
 
 
+def after(kept: Listing, held: Recordings) -> Recordings:
+    """The held out samples whose windows all begin after the last kept sample of their recording.
+
+    Args:
+        kept, held: of `hold_out_ends`. A clip's windows are spans of held samples alone, and so are parts of a span.
+    Raises:
+        ValueError: there is none.
+    """
+    listing, data = held.listing, held.config
+    if held.clips is not None or not data.window_us or listing.anchor == "start":
+        return held
+    last: dict[Path, int] = {}
+    for file, end in zip(kept.files, kept.spans[:, 1].tolist()):
+        last[file] = max(end, last.get(file, end))
+    begins = (listing.spans[:, 1] - data.windows * data.window_us).tolist()
+    clear = [i for i, begin in enumerate(begins) if begin >= last.get(listing.files[i], begin)]
+    if not clear:
+        raise ValueError(
+            f"holdout_by=time: the {data.windows} windows of {data.window_us} µs of all {len(held)} samples of "
+            f"{listing.name} {listing.split} reach back into the training part; raise data.holdout={data.holdout:g}, "
+            "or take fewer or shorter windows"
+        )
+    return held.subset(clear, listing.split)
+
+
+def _refuse_test(held: Listing) -> None:
+    known = set(_TEST_SEQUENCES.get(held.name, ()))
+    found = sorted(known & {key.split("/")[0] for key in held.keys})
+    if found:
+        raise ValueError(
+            f"data.eval_split={held.split}: {', '.join(found[:4])} of {held.name} is in its test split, on which the "
+            "best step would be chosen; leave it empty to hold a part of the training split out (data.holdout)"
+        )
+
+
 def _check(found: dict[str, Listing]) -> None:
     for name, listing in found.items():
         if len(listing) == 0:
-            raise ValueError(f"data: the {name} set ({listing.name} {listing.split}) is empty")
+            raise ValueError(
+                f"data: the {name} set ({listing.name} {listing.split}) is empty; change data.holdout, or name another "
+                "data.eval_split"
+            )
         check_classes(found["train"], listing)
     names = list(found)
     for place, name in enumerate(names):

@@ -110,13 +110,16 @@ def _streamed(features: DenseFeatures, frame: Tensor, before: list[Tensor], ends
     return FeatureMaps([level.mT.unflatten(-1, grid) for level in levels], size, padded), own
 
 
-def predictions(model: DenseModel, source: EventSource, ends: range) -> Iterator[Prediction]:
+def predictions(
+    model: DenseModel, source: EventSource, ends: range, view: Callable[[Events], Events] = lambda events: events
+) -> Iterator[Prediction]:
     """Predictions of a recording at the given times, read window by window.
 
     Args:
         model: in evaluation mode.
         source: the open recording.
         ends: µs, as `ends_of` gives them.
+        view: what is done to the events of a window, see `downstream.dense.view`.
     """
     sensor, settings = (source.height, source.width), model.input_settings
     memory, num = Memory(model, sensor), settings["windows"]
@@ -126,14 +129,14 @@ def predictions(model: DenseModel, source: EventSource, ends: range) -> Iterator
             # By index, so that as many are read as are needed, however dense the recording is.
             stop = _index(source, end, stop)
             cut = into_windows(source.by_index(max(0, stop - settings["num_events"]), stop), num)
-            bounds, read = cut.bounds, cut.events.__getitem__
+            bounds, read = cut.bounds, [view(window) for window in cut.events].__getitem__
             memory.kept.clear()  # windows of the same bounds may hold other events
         else:
             edges = np.array([end - length + k * length // num for k in range(num + 1)], np.int64)
             bounds = np.stack([edges[:-1], edges[1:]], axis=1)
 
             def read(number: int, bounds: np.ndarray = bounds) -> Events:
-                return source.by_time(*bounds[number].tolist())
+                return view(source.by_time(*bounds[number].tolist()))
 
         output, newest = memory.output(bounds, read)
         yield Prediction(end, newest, output, values_of(model, output, sensor))

@@ -36,9 +36,10 @@ def depth_rows(
         min_m: the smallest prediction, as its logarithm is taken.
     Returns:
         "cut-off 80 m/all/abs_rel" and the like -> (B,) float64, NaN for a frame without such pixels; `pixels` (and
-        `pixels_10`, …, of mae_10) count them; `log_bias` is the mean of ln d − ln g.
+        `pixels_10`, …, of mae_10) count them; `log_bias` is the mean of ln d − ln g. "pixels_not_finite" counts
+        predictions that are not where there is truth: an error of `depth_summary`, which all ranks see, not one alone.
     Raises:
-        ValueError: sizes that differ, or a prediction that is not finite where there is truth.
+        ValueError: sizes that differ.
     Source:
         Hidalgo-Carrió et al. 2020 (E2Depth), §4; Eigen et al. 2014.
     """
@@ -52,8 +53,7 @@ def depth_rows(
         truth = target_m[frame][known].double()
         predicted = prediction_m[frame][known].double()
         active = events[frame][known].bool()
-        if not predicted.isfinite().all():
-            raise ValueError(f"frame {frame} of the batch: a predicted depth is not finite; has training diverged?")
+        rows.setdefault("pixels_not_finite", []).append((~predicted.isfinite()).sum().double())
         for cutoff in cutoffs:
             for pixels in _PIXELS:
                 chosen = truth <= cutoff if pixels == "all" else (truth <= cutoff) & active
@@ -109,7 +109,14 @@ def depth_summary(
         "cut-off 80 m" -> {"all": numbers, "events": numbers, "sequences": {name: {"all", "events"}}, "averaging",
         "sq_rel"}; numbers: abs_rel, sq_rel, rmse, rmse_log, silog, delta1–3 (shares), mae, mae_10, … (m), `frames`
         and `pixels` that they are of; NaN for none. The pooled numbers are of all frames, not of the sequences' means.
+    Raises:
+        ValueError: a prediction that is not finite where there is truth.
     """
+    if (bad := rows["pixels_not_finite"] > 0).any():
+        raise ValueError(
+            f"a predicted depth is not finite in {int(bad.sum())} of {len(bad)} frames, the first being number "
+            f"{int(bad.nonzero()[0])} (of {groups[int(bad.nonzero()[0])]}); has training diverged?"
+        )
     titles = [name.removesuffix("/all/pixels") for name in rows if name.endswith("/all/pixels")]
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):

@@ -121,8 +121,9 @@ class Depth:
 
     @property
     def task(self) -> dict[str, Any]:
-        """The scale, for the export."""
-        return {"max_depth_m": self.scale.max_m, "alpha": self.scale.alpha}
+        """The scale and what the numbers of its evaluation are of, for the export."""
+        scale = {"max_depth_m": self.scale.max_m, "alpha": self.scale.alpha}
+        return {**scale, "cutoff_m": self.cutoffs_m[-1], "averaging": self.averaging}
 
     def loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Scale-invariant log loss and gradients of an output (B, 1, H, W)."""

@@ -48,7 +48,7 @@ class SourceConfig(ListingOptions):
     window_us: int = 50_000
     """length of a window [µs], from the first event on, or back from the image's time; 0 = equal parts"""
     num_events: int = 0
-    """cut this many consecutive events out first (random place in training, the middle in evaluation); 0 = all"""
+    """cut so many events out first (training: at random; evaluation: the middle; before an image: the last); 0 = all"""
     jitter_us: int = 0
     """in training the first window begins up to this much earlier or later [µs]"""
     clip: bool = False

@@ -125,8 +125,8 @@ class Listing:
         """Splits into (kept, held out) by the hash of each sample's group.
 
         A sample's side depends on its own group's name alone, so that files added later move none of the others; and
-        two samples of one recording, which look alike, never land on both sides. Of few groups at least one is held
-        out: the one that a larger fraction would take first.
+        two samples of one recording, which look alike, never land on both sides. But of few groups at least one is held
+        out, the one that a larger fraction would take first, and at least one is kept, the one it would take last.
 
         Raises:
             ValueError: all samples are of one recording.
@@ -136,11 +136,13 @@ class Listing:
         if len(place) == 1:
             raise ValueError(
                 f"{self.name} {self.split}: all {len(self)} samples are of one recording ({names[0]}), of which none "
-                "can be held out for evaluation; name data.eval_split, or add recordings"
+                f"can be held out for evaluation (data.holdout={fraction:g}); name data.eval_split, or add recordings"
             )
         apart = {name for name, at in place.items() if at < fraction}
         if place and not apart:
             apart = {min(place, key=place.__getitem__)}
+        if place and len(apart) == len(place):
+            apart.remove(max(place, key=place.__getitem__))
         held = np.array([name in apart for name in names], bool)
         return (
             self.subset(np.flatnonzero(~held), f"{self.split}[kept]"),

@@ -158,6 +158,8 @@ class SceneDemo:
             f"train.steps={steps}",
             f"train.eval_every={steps // 3}",
         ]
+        if method != "histogram":
+            options.append("head.num_levels=1")
         if task == "depth":
             options += [f"scale.max_m={SCALE.max_m}", f"scale.alpha={SCALE.alpha}", "cutoffs_m=[30]"]
         with contextlib.redirect_stdout(io.StringIO()):
