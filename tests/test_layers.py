@@ -167,6 +167,15 @@ def test_light_and_truth_by_hand():
     torch.testing.assert_close(truth.depth, row(5.0, 5, 5, 2, 3), rtol=0, atol=1e-12)
 
 
+def test_haze_takes_contrast_with_distance():
+    wall, card = torch.full((1, HEIGHT, WIDTH), 0.9).double(), torch.full((1, HEIGHT, WIDTH), 0.1).double()
+    alpha = torch.full_like(card, 0.75)
+    clear = (Layer(wall, None, flat(6.0)), Layer(card, alpha, flat(2.0)))
+    seen = Layers(clear, torch.arange(1), HEIGHT, WIDTH, haze=0.3, airlight=0.6).watch()(0)[0, 2, 2].item()
+    far, near = (0.6 + (light - 0.6) * np.exp(-0.3 * depth) for light, depth in ((0.9, 6.0), (0.1, 2.0)))
+    assert seen == pytest.approx(0.25 * far + 0.75 * near, abs=1e-7)
+
+
 def test_the_nearest_is_seen_and_measured():
     """Two cards that overlap by half: brightness, layer and depth tell the same story at every pixel."""
     wall = torch.full((1, HEIGHT, WIDTH), 0.25, dtype=torch.float64)

@@ -56,8 +56,12 @@ class SceneConfig:
     """speed along the optical axis as a share of that across it"""
     rotation_rad_s: float = 0.25
     """typical rate of rotation about each axis, uniform from 0"""
-    contrast: Range = (0.05, 0.2)
+    contrast: Range = (0.1, 0.35)
     """of the background: standard deviation of its texture"""
+    haze: float = 0.3
+    """extinction of the air [1/m]: contrast falls with distance, as in fog"""
+    airlight: float = 0.6
+    """brightness of the air"""
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "focal_px", "windows", "window_us", "step_us"):
@@ -143,7 +147,8 @@ def draw_scenes(
         matrix = _plane(centre, z, size / side, (side, side), rotation, position, config, rng, roll=config.roll_rad)
         layers.append(Layer(torch.from_numpy(texture), torch.from_numpy(alpha), torch.from_numpy(matrix)))
     names = (BACKGROUND, *(thing.name for thing in things))
-    return Scenes(Layers(tuple(layers), t_us, config.height, config.width), labels, names)
+    seen = Layers(tuple(layers), t_us, config.height, config.width, config.haze, config.airlight)
+    return Scenes(seen, labels, names)
 
 
 def _apart(count: int, most: int, config: SceneConfig, rng: np.random.Generator) -> np.ndarray:

@@ -92,7 +92,7 @@ class SceneTeacherTask(nn.Module):
         # The background is most of a picture, and its depth is nearly always the same.
         weight = 1 + 3 * (batch["mask"] > 0).float()
         depth = (weight * error).sum() / weight.sum()
-        loss = segmentation + 4 * depth
+        loss = segmentation + 8 * depth
         return {"loss": loss, "segmentation": segmentation.detach(), "depth": depth.detach()}
 
 

@@ -62,6 +62,10 @@ class Layers:
     """Sensor rows."""
     width: int
     """Sensor columns."""
+    haze: float = 0.0
+    """Extinction of the air [1/m]: a share exp(-haze Z) of a plane's light arrives, the rest is `airlight`."""
+    airlight: float = 0.5
+    """Brightness of the air, in [0, 1]."""
 
     def __post_init__(self) -> None:
         if not self.layers or self.layers[0].alpha is not None:
@@ -88,7 +92,9 @@ class Layers:
         def seen(step: int) -> torch.Tensor:
             picture = None
             for layer in layers:
-                colour, alpha, _ = self._look(layer, step)
+                colour, alpha, depth = self._look(layer, step)
+                if self.haze:  # Koschmieder's law
+                    colour = torch.lerp(torch.full_like(colour, self.airlight), colour, torch.exp(-self.haze * depth))
                 picture = colour if picture is None else picture + alpha * (colour - picture)
             picture = picture.clamp(0, 1)
             if sensors is None:
