@@ -55,7 +55,7 @@ class SceneSize:
     seeds: int
 
 
-FULL = SceneSize(1200, 900, 800, 450, 240, 25, 150, 200, 100, 3)
+FULL = SceneSize(1200, 1100, 800, 600, 240, 25, 150, 200, 100, 3)
 FAST = SceneSize(64, 20, 48, 20, 10, 16, 16, 20, 10, 1)
 
 
