@@ -50,13 +50,13 @@ class SceneSize:
     stage2_steps: int
     labelled: int
     test: int
-    probe_steps: int
+    probe_steps: dict[str, int]
     scratch_steps: int
     seeds: int
 
 
-FULL = SceneSize(1200, 1100, 800, 600, 240, 25, 150, 200, 100, 3)
-FAST = SceneSize(64, 20, 48, 20, 10, 16, 16, 20, 10, 1)
+FULL = SceneSize(1200, 1100, 800, 600, 240, 25, 150, {"segmentation": 200, "depth": 100}, 100, 3)
+FAST = SceneSize(64, 20, 48, 20, 10, 16, 16, {"segmentation": 20, "depth": 20}, 10, 1)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class SceneDemo:
         """One run of the task's own program."""
         stage = "stage2" if method == "stage2" else "stage1"
         mode = method if method in ("histogram", "scratch") else "probe"
-        steps = self.size.scratch_steps if method == "scratch" else self.size.probe_steps
+        steps = self.size.scratch_steps if method == "scratch" else self.size.probe_steps[task]
         options = [
             _yaml("probe"),
             f"run={self._run(task, method, seed)}",
@@ -160,10 +160,11 @@ class SceneDemo:
         ]
         if method != "histogram":
             options.append("head.num_levels=1")
-        if task == "depth" and mode != "scratch":
-            options.append("optim.lr=0.02")  # a linear map to one number: it is still far from its optimum at 2e-3
         if task == "depth":
-            options += [f"scale.max_m={SCALE.max_m}", f"scale.alpha={SCALE.alpha}", "cutoffs_m=[30]"]
+            # A patch's linear map draws no edges: the gradient term would only flatten it.
+            options += [f"scale.max_m={SCALE.max_m}", f"scale.alpha={SCALE.alpha}", "cutoffs_m=[30]", "gradient=0"]
+            if mode != "scratch":  # one number a token is far from its optimum at the other rate
+                options.append("optim.lr=0.02")
         with contextlib.redirect_stdout(io.StringIO()):
             return _RUNS[task](options)
 
