@@ -108,7 +108,7 @@ def scenes(root: Path, split: str, options: ListingOptions) -> Listing:
         raise ValueError(f"data.label_from={options.label_from}: scenes have no classes of their own; leave it out")
     index = root / INDEX
     if not index.is_file():
-        raise FileNotFoundError(f"{index} is missing: {root} holds no scenes; make them with: gep scenes {root}")
+        raise FileNotFoundError(f"{index} is missing: {root} should hold scenes as they are made with: gep scenes DIR")
     try:
         classes = tuple(str(name) for name in json.loads(index.read_text(encoding="utf-8"))["classes"])
     except (ValueError, KeyError, TypeError) as error:
