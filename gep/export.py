@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fetch(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -170,19 +171,24 @@ def fetch(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> Path:
-    """Download a model folder from the Hugging Face Hub.
+    """The folder of an exported model: as it is named, or downloaded from the Hugging Face Hub.
 
     Args:
-        name: "user/model"; the rest as huggingface_hub.snapshot_download.
+        name: a folder, or "user/model"; the rest as huggingface_hub.snapshot_download.
     Raises:
-        FileNotFoundError: it can only be a path, or cannot be downloaded.
+        FileNotFoundError: it can only be a path and is no folder, or cannot be downloaded.
     """
-    parts = Path(name).parts
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            warnings.warn(f"revision = {revision!r} has no effect on the folder {folder}", stacklevel=3)
+        return folder
+    name, parts = str(name), Path(name).parts
     # What can only be a path, or starts in a folder that exists, was not meant for the Hub.
     if len(parts) != 2 or name.startswith((".", "/", "~")) or Path(parts[0]).is_dir():
         raise FileNotFoundError(f"no export at {name}: give a folder written by save_pretrained, or user/model")
     try:
-        folder = snapshot_download(
+        downloaded = snapshot_download(
             name,
             revision=revision,
             token=token,
@@ -197,7 +203,7 @@ def fetch(
             f"{name} is no folder here, and could not be fetched from the Hugging Face Hub "
             f"({type(error).__name__}: {cause}): check the name, or give the folder of an export"
         ) from error
-    return Path(folder)
+    return Path(downloaded)
 
 
 def model_card(

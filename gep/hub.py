@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -305,13 +304,8 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
         Raises:
             FileNotFoundError, ValueError: see gep.export.fetch and load_folder.
         """
-        if Path(name).expanduser().is_dir():
-            folder = Path(name).expanduser()
-            if revision is not None:
-                warnings.warn(f"revision = {revision!r} has no effect on the folder {folder}", stacklevel=2)
-        else:
-            place = {"cache_dir": cache_dir, "force_download": force_download}
-            folder = export.fetch(str(name), revision=revision, token=token, local_files_only=local_files_only, **place)
+        place = {"cache_dir": cache_dir, "force_download": force_download}
+        folder = export.fetch(name, revision=revision, token=token, local_files_only=local_files_only, **place)
         config, state = export.load_folder(folder, KIND)
         try:
             model = cls.from_config(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -162,11 +161,7 @@ class DenseModel(nn.Module):
         Raises:
             FileNotFoundError, ValueError: see gep.export.fetch and load_folder.
         """
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            folder = export.fetch(str(name), revision=revision, local_files_only=local_files_only)
-        elif revision is not None:
-            warnings.warn(f"revision = {revision!r} has no effect on the folder {folder}", stacklevel=2)
+        folder = export.fetch(name, revision=revision, local_files_only=local_files_only)
         config, state = export.load_folder(folder, KIND)
         try:
             model = cls.from_config(config)

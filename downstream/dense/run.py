@@ -58,7 +58,7 @@ def run_dense(
     idle = cfg.without_effect()
     if idle and accelerator.is_main_process:
         warnings.warn(f"no effect: {', '.join(idle)}", stacklevel=2)
-    folder = folder_of(cfg.model)
+    folder = export.fetch(cfg.model)
     pretrained = GEPModel.from_pretrained(folder)
     given, settings = config.given(argv), pretrained.input_settings
     data = take_over(cfg.data, settings, cfg.model, given=given, free=tuple(settings))
@@ -107,12 +107,6 @@ def run_dense(
         task.model.save_pretrained(run_dir / "export", metrics=numbers, data=results["sets"])
         write_json(run_dir / f"results_{cfg.mode}{'_tta' if cfg.tta else ''}.json", results)
     return results
-
-
-def folder_of(model: str) -> Path:
-    """The folder of an exported model: as it is named, or downloaded from the Hub; what it holds then has one place."""
-    folder = Path(model).expanduser()
-    return folder if folder.is_dir() else export.fetch(model)
 
 
 def build_model(
