@@ -120,6 +120,20 @@ def test_levels_are_the_encoders_and_the_backbones_side_by_side():
     assert not torch.equal(maps.levels[0][:, 96:], maps.levels[1][:, 96:])
 
 
+def test_the_backbones_states_alone_are_those_beside_the_encoders_maps():
+    model, (frames, ends) = make(), windows()
+    both, alone = DenseFeatures(model, num_levels=2), DenseFeatures(model, num_levels=2, encoder_maps=False)
+    assert alone.channels == (48, 144)
+    for level, wide in zip(alone(frames, ends).levels, both(frames, ends).levels, strict=True):
+        assert torch.equal(level, wide[:, 96:])
+    again = DenseFeatures.from_config(alone.config)
+    assert again.channels == alone.channels and not again.encoder_maps
+    old = {name: value for name, value in both.config.items() if name != "encoder_maps"}
+    assert DenseFeatures.from_config(old).encoder_maps
+    # Without a backbone there is nothing else to read.
+    assert DenseFeatures(model, use_backbone=False, num_levels=1, encoder_maps=False).channels == (96,)
+
+
 def test_a_batch_gives_the_features_that_recognition_reads():
     model, batch = make(), batch_of(36, 42)
     features = DenseFeatures(model, num_levels=1)

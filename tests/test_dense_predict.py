@@ -55,7 +55,7 @@ def make(
     if features == "histogram":
         read: DenseFeatures | HistogramFeatures = HistogramFeatures(whole, windows=3)
     else:
-        read = DenseFeatures(whole, num_levels=2, use_backbone=features == "backbone")
+        read = DenseFeatures(whole, num_levels=2, use_backbone=features != "encoder", encoder_maps=features != "states")
     head = build_head("linear", read.channels, 1 if kind == "depth" else len(classes))
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # outputs that differ from pixel to pixel
@@ -78,7 +78,7 @@ def alone(model: DenseModel, windows: list[Events], bounds: np.ndarray) -> torch
     return model({"events": batch, "windows": len(windows), "t_us": t_us})
 
 
-@pytest.mark.parametrize("features", ["backbone", "encoder", "histogram"])
+@pytest.mark.parametrize("features", ["backbone", "states", "encoder", "histogram"])
 @pytest.mark.parametrize("canvas, fit", [(SENSOR, "pad"), ((20, 50), "pad"), ((25, 31), "resize")])
 @pytest.mark.parametrize("step_us", [10_000, 20_000, 7_000])
 def test_streaming_equals_each_prediction_by_itself(features, canvas, fit, step_us):

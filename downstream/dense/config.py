@@ -22,6 +22,8 @@ class HeadConfig:
     """1x1 convolution, UPerNet-style pyramid, or DPT-style fusion"""
     num_levels: int = 4
     """depths of the encoder that the head reads, spread evenly; 1 = the last only"""
+    encoder_maps: bool = True
+    """with a backbone: read the encoder's maps beside its states; false = its states alone (few labels, linear head)"""
     width: int = 256
     """channels inside upernet and dpt"""
 
@@ -94,7 +96,7 @@ class DenseConfig:
         raw = f"mode={self.mode}" if self.mode == "histogram" else ""
         why = {
             **dict.fromkeys(("encoder_lr", "backbone_lr", "optim.layer_decay"), alike),
-            **dict.fromkeys(("head.num_levels", "use_backbone"), raw),
+            **dict.fromkeys(("head.num_levels", "head.encoder_maps", "use_backbone"), raw),
             "head.width": "head.name=linear" if self.head.name == "linear" else "",
             "holdout_by": f"data.eval_split={self.data.eval_split}" if self.data.eval_split else "",
         }

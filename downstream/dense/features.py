@@ -54,7 +54,7 @@ class _Patch:
 
 
 class DenseFeatures(nn.Module):
-    """Maps of the encoder at several depths, with the backbone's beside them where it is used.
+    """Maps of the encoder at several depths, with the backbone's beside them or in their place where it is used.
 
     Level l is the encoder's map of the last window at depth l; with a backbone, which has read all windows up to
     it, its state at the same relative depth is concatenated, and at the deepest level the image it predicts too.
@@ -63,16 +63,21 @@ class DenseFeatures(nn.Module):
         model: its parts are held, not copied; the gradients of the two heads that nothing reads are turned off.
         use_backbone: False reads the encoder alone, and of T windows only the last.
         num_levels: depths L, spread evenly over the encoder's blocks, the last always the final one.
+        encoder_maps: False leaves the encoder's maps out where a backbone is used, whose states hold them too: a
+            narrower map for a linear head on few labels.
     Raises:
         ValueError: more levels than the encoder has blocks.
     """
 
-    def __init__(self, model: HasParts, *, use_backbone: bool = True, num_levels: int = 4) -> None:
+    def __init__(
+        self, model: HasParts, *, use_backbone: bool = True, num_levels: int = 4, encoder_maps: bool = True
+    ) -> None:
         super().__init__()
         self.represent = model.represent
         self.encoder = model.encoder
         self.backbone = model.backbone if use_backbone else None
         self.num_levels = num_levels
+        self.encoder_maps = encoder_maps or self.backbone is None
         self.patch_size: tuple[int, int] = self.encoder.patch_size
         if not 1 <= num_levels <= self.encoder.num_layers:
             raise ValueError(
@@ -83,7 +88,7 @@ class DenseFeatures(nn.Module):
         self.depths: list[int] = []
         if self.backbone is not None:
             self.depths = spread_depths(self.backbone.num_layers, num_levels)
-            channels = [dim + self.backbone.width for dim in channels]
+            channels = [self.encoder_maps * dim + self.backbone.width for dim in channels]
             channels[-1] += self.backbone.token_dim
             # Not read: DDP would wait for its gradient.
             self.backbone.next_head.requires_grad_(False)
@@ -96,7 +101,11 @@ class DenseFeatures(nn.Module):
         """Randomly initialised features of `config` (the property)."""
         represent = representations.build(config["representation"]["name"], config["representation"]["params"])
         backbone = None if config["backbone"] is None else Backbone(**config["backbone"])
-        return cls(Parts(represent, EventEncoder(**config["encoder"]), backbone), num_levels=config["num_levels"])
+        return cls(
+            Parts(represent, EventEncoder(**config["encoder"]), backbone),
+            num_levels=config["num_levels"],
+            encoder_maps=config.get("encoder_maps", True),
+        )
 
     @property
     def config(self) -> dict[str, Any]:
@@ -107,6 +116,7 @@ class DenseFeatures(nn.Module):
             "encoder": dict(self.encoder.config),
             "backbone": None if self.backbone is None else dict(self.backbone.config),
             "num_levels": self.num_levels,
+            "encoder_maps": self.encoder_maps,
         }
 
     def frames(self, batch: dict[str, Any]) -> Tensor:
@@ -128,8 +138,14 @@ class DenseFeatures(nn.Module):
         levels = self.encoder.intermediates(frames[:, -1], self.num_levels)
         if self.backbone is not None:
             past = self._past(frames[:, :-1], t_us, levels[-1], grid)
-            levels = [torch.cat([own.float(), seen.float()], dim=-1) for own, seen in zip(levels, past, strict=True)]
+            levels = self.join(levels, past)
         return FeatureMaps([level.float().mT.unflatten(-1, grid) for level in levels], size, padded)
+
+    def join(self, own: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
+        """What the head reads of the encoder's maps L (B, N, D) and the backbone's L (B, N, K), float32."""
+        if not self.encoder_maps:
+            return [state.float() for state in seen]
+        return [torch.cat([level.float(), state.float()], dim=-1) for level, state in zip(own, seen, strict=True)]
 
     def _past(self, earlier: Tensor, t_us: Tensor | None, last: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """What the backbone says of the last window's tokens (B, N, D), having read the earlier ones: L (B, N, K)."""

@@ -116,7 +116,12 @@ def build_model(
     if cfg.mode == "histogram":
         features: DenseFeatures | HistogramFeatures = HistogramFeatures(pretrained, windows=data.windows)
     else:
-        features = DenseFeatures(pretrained, use_backbone=cfg.use_backbone, num_levels=cfg.head.num_levels)
+        features = DenseFeatures(
+            pretrained,
+            use_backbone=cfg.use_backbone,
+            num_levels=cfg.head.num_levels,
+            encoder_maps=cfg.head.encoder_maps,
+        )
         for part, rate in rates(cfg).items():
             if rate == 0 and getattr(features, part) is not None:
                 getattr(features, part).requires_grad_(False)

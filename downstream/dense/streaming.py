@@ -106,7 +106,7 @@ def _streamed(features: DenseFeatures, frame: Tensor, before: list[Tensor], ends
     output, states = features.backbone.intermediates(tokens, modality, ends, grid, features.depths)
     seen = [state[:, -1].float() for state in states]
     seen[-1] = torch.cat([seen[-1], output.image[:, -1].float()], dim=-1)
-    levels = [torch.cat([level.float(), past], dim=-1) for level, past in zip(levels, seen, strict=True)]
+    levels = features.join(levels, seen)
     return FeatureMaps([level.mT.unflatten(-1, grid) for level in levels], size, padded), own
 
 
