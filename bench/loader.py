@@ -132,7 +132,7 @@ def dsec_grids(path: Path) -> int:
     represent, grid, count = VoxelGrid(BINS), None, 0
     with open_events(path, height=SENSOR[0], width=SENSOR[1]) as source:
         for events, bounds in source.windows(WINDOW_US):
-            grid = represent(EventBatch.from_windows([events], np.array([bounds])), out=grid)
+            grid = represent(EventBatch.from_windows([events], np.array([bounds]), copy=False), out=grid)
             count += 1
     return count
 

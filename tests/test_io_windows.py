@@ -1,67 +1,29 @@
-"""Going through recordings window by window, unpacking many Blosc chunks at once, and files read slice by slice."""
+"""Going through recordings window by window, and files read slice by slice."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
 
-from gep.events.io import arrow_source, blosc, open_events, windows
+from gep.events.io import arrow_source, hdf5, open_events, windows
 from gep.events.io.arrow import write_arrow
 from gep.events.io.arrow_source import ArrowSource
 from gep.events.io.files import FileBytes
 from gep.events.io.source import InMemory
 from gep.events.types import EventFormatError, Events
-
-_ROWS = 1024  # of a chunk
-
-
-def _some(count: int, seed: int = 0) -> Events:
-    rng = np.random.default_rng(seed)
-    t = 1_700_000_000_000_000 + np.cumsum(rng.integers(0, 8, count))
-    t[count // 2 :] += 12_345
-    x, y, p = rng.integers(0, 640, count), rng.integers(0, 480, count), rng.integers(0, 2, count)
-    return Events.from_arrays(t, x, y, p, height=480, width=640)
-
-
-def _same(a: Events, b: Events) -> bool:
-    pairs = [(getattr(a, name), getattr(b, name)) for name in "txyp"]
-    return all(np.array_equal(left, right) and left.dtype == right.dtype for left, right in pairs)
-
-
-def _write_dsec(path, events, chunks=_ROWS, t="u4", **settings):
-    h5py, hdf5plugin = pytest.importorskip("h5py"), pytest.importorskip("hdf5plugin")
-    packed = hdf5plugin.Blosc(**{"cname": "zstd", "clevel": 1, "shuffle": hdf5plugin.Blosc.SHUFFLE} | settings)
-    first = int(events.t[0]) if t == "u4" else 0
-    with h5py.File(path, "w") as file:
-        for name, dtype in (("t", t), ("x", "u2"), ("y", "u2"), ("p", "u1")):
-            values = getattr(events, name) - (first if name == "t" else 0)
-            file.create_dataset(f"events/{name}", data=values.astype(dtype), chunks=(chunks,), **packed)
-        file["t_offset"] = np.int64(first)
-
-
-@pytest.fixture
-def h5py_reads(monkeypatch):
-    """How often h5py itself read a stretch of a dataset."""
-    h5py = pytest.importorskip("h5py")
-    reads, original = [], h5py.Dataset.__getitem__
-
-    def counting(self, key, *args, **kwargs):
-        if isinstance(key, slice) and (key.stop or 0) - (key.start or 0) > 1:
-            reads.append(self.name)
-        return original(self, key, *args, **kwargs)
-
-    monkeypatch.setattr(h5py.Dataset, "__getitem__", counting)
-    return reads
+from tests.blosc_files import ROWS, same, some_events, write_chunks
 
 
 @pytest.mark.parametrize(("window_us", "piece"), [(7, 1 << 20), (1000, 2000), (10_000, 500), (10**9, 1000)])
 @pytest.mark.parametrize("kind", ["memory", "dsec", "arrow"])
 def test_windows_are_those_of_by_time(tmp_path, monkeypatch, kind, window_us, piece):
-    events = _some(20_000)
+    events = some_events(20_000)
     monkeypatch.setattr(windows, "_PIECE", piece)
     monkeypatch.setattr(windows, "_EDGES", 50)
     if kind == "dsec":
-        _write_dsec(tmp_path / "a.h5", events)
+        write_chunks(tmp_path / "a.h5", events)
     if kind == "arrow":
         write_arrow(tmp_path / "a.arrow", events, compression="lz4", batch=3000)
     files = {"dsec": "a.h5", "arrow": "a.arrow"}
@@ -71,7 +33,7 @@ def test_windows_are_those_of_by_time(tmp_path, monkeypatch, kind, window_us, pi
         assert edges[0, 0] == events.t[0] and (edges[1:, 0] == edges[:-1, 1]).all()
         assert (edges[:, 1] - edges[:, 0] == window_us).all() and edges[-1, 0] <= events.t[-1] < edges[-1, 1]
         cuts = np.searchsorted(events.t, edges)
-        assert all(_same(window, events[a:b]) for (window, _), (a, b) in zip(found, cuts.tolist(), strict=True))
+        assert all(same(window, events[a:b]) for (window, _), (a, b) in zip(found, cuts.tolist(), strict=True))
         assert (cuts[0, 0], cuts[-1, 1]) == (0, len(events))
 
 
@@ -93,10 +55,10 @@ def test_windows_within_given_times():
 
 @pytest.mark.parametrize("kind", ["memory", "dsec", "arrow"])
 def test_windows_between_given_times_read_no_others(tmp_path, monkeypatch, kind):
-    events = _some(20_000)
+    events = some_events(20_000)
     monkeypatch.setattr(windows, "_PIECE", 3000)
     if kind == "dsec":
-        _write_dsec(tmp_path / "a.h5", events)
+        write_chunks(tmp_path / "a.h5", events)
     if kind == "arrow":
         write_arrow(tmp_path / "a.arrow", events, compression="lz4", batch=3000)
     files = {"dsec": "a.h5", "arrow": "a.arrow"}
@@ -113,7 +75,7 @@ def test_windows_between_given_times_read_no_others(tmp_path, monkeypatch, kind)
             found = list(source.windows(500, t0=t0, t1=t1))
             assert [bounds for _, bounds in found] == [(t, t + 500) for t in range(t0, t1, 500)]
             cuts = [np.searchsorted(events.t, [a, min(b, t1)]) for _, (a, b) in found]
-            assert all(_same(window, events[a:b]) for (window, _), (a, b) in zip(found, cuts, strict=True))
+            assert all(same(window, events[a:b]) for (window, _), (a, b) in zip(found, cuts, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["memory", "dsec"])
@@ -132,7 +94,7 @@ def test_no_more_than_a_piece_is_read_at_once_where_the_rate_rises(tmp_path, mon
         return counting
 
     if kind == "dsec":
-        _write_dsec(tmp_path / "a.h5", events)
+        write_chunks(tmp_path / "a.h5", events)
     with InMemory(tmp_path, events) if kind == "memory" else open_events(tmp_path / "a.h5") as source:
         for name in ("by_time", "by_index"):
             monkeypatch.setattr(source, name, counted(getattr(source, name)))
@@ -144,10 +106,10 @@ def test_no_more_than_a_piece_is_read_at_once_where_the_rate_rises(tmp_path, mon
 
 @pytest.mark.parametrize("at", [5000, 5001])
 def test_times_that_step_back_are_refused(tmp_path, monkeypatch, at):
-    path, events = tmp_path / "a.h5", _some(20_000)
+    path, events = tmp_path / "a.h5", some_events(20_000)
     monkeypatch.setattr(windows, "_PIECE", 5000)  # at 5000 the step back shows between two pieces only
     events.t[at] = events.t[0] + 1
-    _write_dsec(path, events)
+    write_chunks(path, events)
     with open_events(path) as source, pytest.raises(EventFormatError, match=rf"a\.h5: byte \d+: event {at}: t"):
         list(source.windows(1000))
     events.t[5000:10_000] = events.t[0]
@@ -158,7 +120,7 @@ def test_times_that_step_back_are_refused(tmp_path, monkeypatch, at):
 def test_a_closed_source_is_not_read_ahead_of(tmp_path, monkeypatch):
     path = tmp_path / "a.h5"
     monkeypatch.setattr(windows, "_PIECE", 500)
-    _write_dsec(path, _some(20_000))
+    write_chunks(path, some_events(20_000))
     source = open_events(path)
     going = source.windows(1000)
     next(going)
@@ -169,11 +131,11 @@ def test_a_closed_source_is_not_read_ahead_of(tmp_path, monkeypatch):
 
 
 def test_a_damaged_piece_raises_where_it_is_reached(tmp_path, monkeypatch):
-    h5py, path, events = pytest.importorskip("h5py"), tmp_path / "a.h5", _some(20_000)
+    h5py, path, events = pytest.importorskip("h5py"), tmp_path / "a.h5", some_events(20_000)
     monkeypatch.setattr(windows, "_PIECE", 5000)
-    _write_dsec(path, events)
+    write_chunks(path, events)
     with h5py.File(path) as file:
-        info = file["events/x"].id.get_chunk_info_by_coord((12 * _ROWS,))
+        info = file["events/x"].id.get_chunk_info_by_coord((12 * ROWS,))
     data, seen = bytearray(path.read_bytes()), 0
     data[info.byte_offset + 40] ^= 0xFF
     path.write_bytes(data)
@@ -183,68 +145,23 @@ def test_a_damaged_piece_raises_where_it_is_reached(tmp_path, monkeypatch):
         ):
             for window, _ in source.windows(1000):
                 seen += len(window)
-        assert 1000 < seen < 12 * _ROWS and _same(window, events[seen - len(window) : seen])
+        assert 1000 < seen < 12 * ROWS and same(window, events[seen - len(window) : seen])
 
 
-@pytest.mark.parametrize("t", ["u4", "i8"])
-def test_many_blosc_chunks_are_read_without_h5py(tmp_path, h5py_reads, t):
-    path, events = tmp_path / "a.h5", _some(40_000)
-    # Blocks of several to a chunk, the last one shorter; the last chunk is not full.
-    _write_dsec(path, events, chunks=9000, t=t)
+def test_pieces_are_whole_chunks(tmp_path, monkeypatch):
+    path, events, spans = tmp_path / "a.h5", some_events(20_000), []
+    write_chunks(path, events, chunks=700)
+    monkeypatch.setattr(hdf5, "_PIECE", 3000)
     with open_events(path) as source:
-        h5py_reads.clear()
-        assert _same(source.read(), events)
-        assert _same(source.by_index(100, 39_000), events[100:39_000])
-        assert not h5py_reads
-        assert _same(source.by_index(100, 200), events[100:200])
-        assert h5py_reads
-
-
-@pytest.mark.parametrize("settings", [{"cname": "lz4"}, {"shuffle": 0}, {"shuffle": 2}, {"clevel": 0}])
-def test_other_ways_of_packing_are_left_to_h5py(tmp_path, h5py_reads, settings):
-    path, events = tmp_path / "a.h5", _some(20_000)
-    _write_dsec(path, events, **settings)
-    with open_events(path) as source:
-        h5py_reads.clear()
-        assert _same(source.read(), events)
-    assert h5py_reads
-
-
-def test_flipped_bytes_of_a_chunk_read_as_h5py_reads_them(tmp_path):
-    h5py, path, events = pytest.importorskip("h5py"), tmp_path / "a.h5", _some(6 * _ROWS)
-    _write_dsec(path, events)
-    with h5py.File(path) as file:
-        info = file["events/x"].id.get_chunk_info_by_coord((2 * _ROWS,))
-    content, refused = path.read_bytes(), 0
-    places = [*range(60), *np.random.default_rng(0).integers(60, info.size, 60).tolist()]
-    for place in places:
-        at = info.byte_offset + place
-        path.write_bytes(content[:at] + bytes([content[at] ^ 0x41]) + content[at + 1 :])
-        with h5py.File(path) as file:
-            try:
-                expected = file["events/x"][:]
-            except OSError:
-                expected = None
-        try:
-            with open_events(path) as source:
-                found = source.read().validate()
-            assert expected is not None and np.array_equal(found.x, expected), place
-        except EventFormatError as error:
-            refused += 1
-            assert "a.h5: byte" in str(error) and (expected is None or expected.max() >= 640)
-    assert refused > 40
-
-
-def test_a_damaged_last_block_is_not_read_past_its_end(monkeypatch):
-    for name in ("_number", "_content"):  # compiled, they check no index
-        monkeypatch.setattr(blosc, name, getattr(blosc, name).py_func)
-    for length in (12, 13, 14):
-        head = [bytes([2, 1, 0x91, 1])] + [n.to_bytes(4, "little") for n in (99, 99, 24 + length, 20, length)]
-        # A zstd frame whose header says that 8 bytes with the unpacked size follow.
-        frame = 0xFD2FB528.to_bytes(4, "little") + bytes([0xC0, 0]) + (99).to_bytes(8, "little")
-        chunk = np.frombuffer(b"".join(head) + frame[:length], np.uint8)
-        found = blosc._frames.py_func(chunk, 99, 1, np.empty(99, np.uint8), 0)
-        assert found == ((14, 99) if length == 14 else (-1, 0))
+        assert source.piece == 2800
+        read = source.by_index
+        monkeypatch.setattr(source, "by_index", lambda *span: spans.append(span) or read(*span))
+        t0, t1 = int(events.t[1000]) + 1, int(events.t[15_000])
+        found = [window for window, _ in source.windows(500, t0=t0, t1=t1)]
+    low, high = np.searchsorted(events.t, [t0, t1]).tolist()
+    assert sum(map(len, found)) == high - low
+    edges = [low, *range(2800, high, 2800), high]
+    assert sorted(spans) == list(itertools.pairwise(edges))
 
 
 def test_a_file_read_slice_by_slice(tmp_path):
@@ -272,18 +189,18 @@ def test_a_file_read_slice_by_slice(tmp_path):
 
 
 def test_a_container_read_slice_by_slice(tmp_path):
-    path, events = tmp_path / "a.arrow", _some(20_000)
+    path, events = tmp_path / "a.arrow", some_events(20_000)
     write_arrow(path, events, compression="none", batch=1 << 10)
     source = ArrowSource.from_file(path, mapped=False)
     for start, stop in [(0, 20_000), (500, 600), (1000, 3000), (19_990, 20_000), (5, 5)]:
-        assert _same(source.by_index(start, stop), events[start:stop])
+        assert same(source.by_index(start, stop), events[start:stop])
     begin, end = np.searchsorted(events.t, events.t[[700, 9000]])
-    assert _same(source.by_time(int(events.t[700]), int(events.t[9000])), events[begin:end])
+    assert same(source.by_time(int(events.t[700]), int(events.t[9000])), events[begin:end])
     content = path.read_bytes()
     byte = ArrowSource.from_file(path)._batch(7).message.buffers[3][0]
     path.write_bytes(content[:byte] + bytes([content[byte] ^ 1]) + content[byte + 1 :])
     source = ArrowSource.from_file(path, mapped=False)
-    assert _same(source.by_index(0, 7 << 10), events[: 7 << 10])
+    assert same(source.by_index(0, 7 << 10), events[: 7 << 10])
     with pytest.raises(EventFormatError, match="checksum differs"):
         source.by_index(0, (7 << 10) + 1)
     path.write_bytes(content[:-100])

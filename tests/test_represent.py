@@ -209,6 +209,48 @@ def test_out_is_overwritten_and_returned(path, case):
             call(_EDGES, wrong)
 
 
+@pytest.mark.parametrize(("bins", "split"), [(1, False), (5, False), (4, True)])
+def test_voxel_grids_of_many_events_are_sums_of_float64(path, bins, split):
+    rng, (height, width) = np.random.default_rng(0), (7, 300)  # rows and columns that no 8 bits hold together
+    windows, bounds = [], []
+    for number, count in enumerate((9001, 0, 2 * represent_numba._FEW)):
+        t = np.sort(rng.integers(_UNIX_US, _UNIX_US + 30_000, count))
+        x, y, p = rng.integers(0, width, count), rng.integers(0, height, count), rng.integers(0, 2, count)
+        windows.append(Events.from_arrays(t, x, y, p, height=height, width=width))
+        bounds.append((_UNIX_US - 5, _UNIX_US + 30_000 + number))
+    expected = np.zeros((3, 2, bins + 1, height, width))
+    for grid, window, (t0, t1) in zip(expected, windows, bounds, strict=True):
+        tau = (bins - 1) * (window.t - t0) / (t1 - t0)
+        left, sign = np.floor(tau).astype(int), 1 if split else 2.0 * window.p - 1
+        polarity = window.p if split else 0 * window.p
+        np.add.at(grid, (polarity, left, window.y, window.x), sign * (left + 1 - tau))
+        np.add.at(grid, (polarity, left + 1, window.y, window.x), sign * (tau - left))
+    expected = expected[:, : 1 + split, :bins].reshape(3, -1, height, width)
+    found = represent.voxel_grid(EventBatch.from_windows(windows, np.array(bounds)), bins, split_polarity=split)
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
+
+
+def test_a_batch_may_share_the_arrays_of_a_single_window():
+    columns = (
+        np.array(values, dtype) for values, dtype in (([3, 4], "i8"), ([1, 0], "u2"), ([0, 1], "u2"), ([1, 0], "u1"))
+    )
+    window = Events(*columns, 2, 2)
+    shared = EventBatch.from_windows([window], copy=False)
+    assert shared.checked and torch.equal(shared.x, torch.tensor([1, 0], dtype=torch.int16))
+    for name in "txyp":
+        assert getattr(shared, name).data_ptr() == getattr(window, name).ctypes.data
+        assert getattr(EventBatch.from_windows([window]), name).data_ptr() != getattr(window, name).ctypes.data
+    locked = Events(*(getattr(window, name).copy() for name in "txyp"), 2, 2)
+    locked.t.setflags(write=False)  # torch has no such tensors
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert EventBatch.from_windows([locked], copy=False).t.data_ptr() != locked.t.ctypes.data
+    two = EventBatch.from_windows([window, window[:1]], copy=False)
+    assert two.t.tolist() == [3, 4, 3] and two.offsets.tolist() == [0, 2, 3]
+    with pytest.raises(EventFormatError, match="sensor 0..1"):
+        EventBatch.from_windows([Events(window.t, window.x + np.uint16(1), window.y, window.p, 2, 2)], copy=False)
+
+
 def test_equal_times_let_the_later_row_win(path):
     t, x, y = np.array([5, 5, 5]), np.zeros(3), np.zeros(3)
     batch = EventBatch.from_windows([Events.from_arrays(t, x, y, [1, 1, 0], height=1, width=1)], np.array([[5, 6]]))

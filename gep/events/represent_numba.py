@@ -14,6 +14,8 @@ from numba import njit
 
 from gep.events.types import EventBatch
 
+_FEW = 2048  # events whose cells and shares stay in the first cache
+
 
 @njit(nogil=True, cache=True)
 def _segment_starts(t, offsets, t0, t1, bins):
@@ -58,22 +60,36 @@ def _to_float(counts, values):
 @njit(nogil=True, cache=True)
 def _voxel(t, x, y, p, starts, t0, t1, bins, split, height, width, values):
     gaps = max(bins - 1, 1)
-    plane, w = np.uint64(height * width), np.uint64(width)
+    plane, w = height * width, np.uint32(width)
     # With one bin there is no next one: the fraction is 0 and its share goes to the same cell.
-    step = plane if bins > 1 else np.uint64(0)
-    polarity_stride = np.uint64(bins) * plane if split else np.uint64(0)
+    step = plane if bins > 1 else 0
+    polarity_stride = np.uint64(bins * plane if split else 0)
     channels = 2 * bins if split else bins
+    off = np.float32(1) if split else np.float32(-1)
+    rise = np.float32(1) - off
+    # A few events at a time: first what can be vectorised, then one plane after the other. Where planes lie whole pages
+    # apart, a load from one waits for the store to the other.
+    cells, former, latter = np.empty(_FEW, np.uint64), np.empty(_FEW, np.float32), np.empty(_FEW, np.float32)
     for segment in range(len(starts) - 1):
         window, k = segment // gaps, segment % gaps
         begin, slope = t0[window], (bins - 1) / max(t1[window] - t0[window], 1)
-        base = np.uint64(window * channels + k) * plane
-        for i in range(np.uint64(starts[segment]), np.uint64(starts[segment + 1])):
-            polarity = np.uint64(p[i])
-            sign = np.float32(1) if split else np.float32(2) * np.float32(p[i]) - np.float32(1)
-            later = np.float32((t[i] - begin) * slope - k) * sign
-            cell = base + polarity * polarity_stride + np.uint64(y[i]) * w + np.uint64(x[i])
-            values[cell] += sign - later
-            values[cell + step] += later
+        base = (window * channels + k) * plane
+        here, there = values[base:], values[base + step :]
+        for first in range(starts[segment], starts[segment + 1], _FEW):
+            count = min(_FEW, starts[segment + 1] - first)
+            last = first + count
+            ts, xs, ys, ps = t[first:last], x[first:last], y[first:last], p[first:last]
+            for i in range(count):
+                sign = off + rise * np.float32(ps[i])
+                later = np.float32((ts[i] - begin) * slope - k) * sign
+                cell = np.uint32(np.uint32(w * np.uint32(ys[i])) + np.uint32(xs[i]))
+                cells[i] = polarity_stride * np.uint64(ps[i]) + np.uint64(cell)
+                former[i] = sign - later
+                latter[i] = later
+            for i in range(count):
+                here[cells[i]] += former[i]
+            for i in range(count):
+                there[cells[i]] += latter[i]
 
 
 @njit(nogil=True, cache=True)

@@ -287,13 +287,16 @@ class EventBatch:
         return dataclasses.replace(self, checked=True)
 
     @classmethod
-    def from_windows(cls, windows: Sequence[Events], bounds: np.ndarray | None = None) -> EventBatch:
+    def from_windows(
+        cls, windows: Sequence[Events], bounds: np.ndarray | None = None, *, copy: bool = True
+    ) -> EventBatch:
         """A checked batch (CPU) from windows of one sensor size.
 
         Args:
             windows: B >= 1 windows in time order; their arrays are copied.
             bounds: (B, 2) int64 µs [t0, t1) of each window; None takes the first time and the last + 1,
                 and (0, 1) for an empty window.
+            copy: False has the batch of a single window share its arrays; then neither may be written to.
 
         Raises:
             ValueError: no windows, differing sensor sizes, or bounds of another shape.
@@ -319,8 +322,10 @@ class EventBatch:
         np.cumsum([len(window) for window in windows], out=offsets[1:])
 
         def join(name: str) -> torch.Tensor:
+            array = getattr(windows[0], name)
             # Copied even if there is but one: a batch may be written to, windows may be views on a recording kept open.
-            array = np.concatenate([getattr(window, name) for window in windows])
+            if copy or len(windows) > 1 or not (array.flags.c_contiguous and array.flags.writeable):
+                array = np.concatenate([getattr(window, name) for window in windows])
             return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
 
         edges = torch.from_numpy(np.array(bounds.T, dtype=np.int64, order="C"))

@@ -19,6 +19,7 @@ from gep.events.types import EventFormatError, Events
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _STEP = 1 << 16  # events between two probes of an uncompressed dataset
+_PIECE = 1 << 18  # events read ahead at once: a few such pieces, 13 bytes an event, stay in the processor's cache
 _MANY = 4  # chunks from which on they are unpacked together; below, those that h5py keeps serve several windows
 
 
@@ -38,6 +39,8 @@ class Hdf5Source(EventSource):
             self._offset = int(file[offset][()]) if offset and offset in file else 0
             self._len = len(file[self._layout.datasets[0]])
             self._table = self._layout.columns["t"][1] is not None
+            rows = (file[self._layout.datasets[0]].chunks or (_PIECE,))[0]
+            self.piece = max(_PIECE // rows, _MANY) * rows
         self.height, self.width = (height, width) if height is not None else size
         Events.empty(self.height, self.width).validate(str(path))
         if recover:
@@ -116,7 +119,9 @@ class Hdf5Source(EventSource):
         key = f"simple {name}"
         if key not in self._probes:
             self._probes[key] = blosc.is_simple(data)
-        return blosc.read(data, start, stop) if self._probes[key] else None
+        # Times are wanted as int64 in the end: no pass of its own widens them.
+        wide = name == self._layout.columns["t"][0] and data.dtype.kind == "u" and data.dtype.itemsize < 8
+        return blosc.read(data, start, stop, np.dtype(np.int64) if wide else None) if self._probes[key] else None
 
     def _events(
         self, start: int, raw: dict[str, np.ndarray], unit: str | None = None, offset: int | None = None
@@ -125,11 +130,12 @@ class Hdf5Source(EventSource):
         t, x, y, p = (raw[name] for name in "txyp")
         # The usual columns need no conversion but that of t, and one pass that checks them.
         if unit == "us" and t.dtype.kind in "iu" and x.dtype == y.dtype == np.uint16 and p.dtype.itemsize == 1:
-            times, good = (t, None) if t.dtype == np.int64 and not offset else microseconds(t, unit)
+            times, good = (t, None) if t.dtype == np.int64 else microseconds(t, unit)
             if good is None:
                 times, p = np.add(times, offset, out=times) if offset else times, p.view(np.uint8)
                 if sound(times, x, y, p, self.height, self.width):
                     return Events(times, x, y, p, self.height, self.width)
+                np.subtract(times, offset, out=times)  # they may be the raw ones
         return to_events(
             self.path,
             raw,

@@ -29,6 +29,8 @@ class EventSource(abc.ABC):
     """Sensor columns."""
     read_ahead: int = 0
     """Threads by which `windows` reads ahead; above 0 only where `by_index` may be called from several at once."""
+    piece: int = 1 << 20
+    """Events that `windows` reads at once."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -65,7 +67,7 @@ class EventSource(abc.ABC):
     ) -> Iterator[tuple[Events, tuple[int, int]]]:
         """Adjoining windows of equal duration in order: the way to go through a recording once.
 
-        About a million events are read at a time whatever time they take, in some formats ahead of use in threads of
+        Up to a million events are read at a time whatever time they take, in some formats ahead of use in threads of
         their own, which is several times as fast as a call of `by_time` a window. A few such pieces are held at once
         and what of a longer window has been read; windows are views on the pieces and stay valid.
 

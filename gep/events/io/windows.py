@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,8 @@ from gep.events.types import EventFormatError, Events
 if TYPE_CHECKING:
     from gep.events.io.source import EventSource
 
-_PIECE = 1 << 20  # events read at once, whatever time they take: rates differ by orders of magnitude in one recording
+_PIECE = 1 << 20  # events read at once at most, whatever time they take: rates differ by orders of magnitude
+_AHEAD = 3  # pieces read ahead besides those that the threads are at: one of them may be late
 _EDGES = 1 << 16  # windows cut at once: a pause of hours has millions
 
 
@@ -77,19 +79,21 @@ def _join(parts: list[Events]) -> Events:
 
 
 def _pieces(source: EventSource, low: int, high: int) -> Iterator[Events]:
-    """Events low, …, high − 1, at most `_PIECE` at a time; a few pieces are read ahead where the source allows it."""
-    threads = source.read_ahead
-    starts = iter(range(low, high, _PIECE))
+    """Events low, …, high − 1, a piece at a time; a few pieces are read ahead where the source allows it."""
+    threads, piece = source.read_ahead, min(source.piece, _PIECE)
+    # Pieces begin at multiples of their length, whole chunks of the file that is, wherever the first window does.
+    edges = [low, *range((low // piece + 1) * piece, high, piece), high] if low < high else [low]
+    spans = itertools.pairwise(edges)
     if not threads:
-        for start in starts:
-            yield source.by_index(start, min(start + _PIECE, high))
+        for span in spans:
+            yield source.by_index(*span)
         return
     with ThreadPoolExecutor(threads, "windows") as pool:
         pending: deque[Future[Events]] = deque()
         try:
             while True:
-                while len(pending) <= threads and (start := next(starts, None)) is not None:
-                    pending.append(pool.submit(source.by_index, start, min(start + _PIECE, high)))
+                while len(pending) < threads + _AHEAD and (span := next(spans, None)):
+                    pending.append(pool.submit(source.by_index, *span))
                 if not pending:
                     return
                 yield pending.popleft().result()
