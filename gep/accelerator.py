@@ -175,12 +175,14 @@ def _start_cpu_processes() -> None:
 
 def _asked_processes(words: list[str]) -> int:
     """The N of an `accelerate launch` command line; 1 where it is none."""
-    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
+    # Both `accelerate launch` and `python -m accelerate.commands.launch`.
+    place = next((i for i, word in enumerate(words) if word in ("launch", "accelerate.commands.launch")), None)
+    if place is None or not any("accelerate" in word for word in words[: place + 1]):
         return 1
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
     parser.add_argument("--config_file", "--config-file")
-    options, _ = parser.parse_known_args(words[words.index("launch") + 1 :])
+    options, _ = parser.parse_known_args(words[place + 1 :])
     if options.num_processes is None and options.config_file:
         with open(options.config_file, encoding="utf-8") as file:
             options.num_processes = yaml.safe_load(file).get("num_processes")

@@ -47,7 +47,8 @@ def test_two_processes():
     [
         (["python", "bin/accelerate", "launch", "--cpu", "--num_processes", "3", "run.py", "a=1"], 3),
         (["python", "bin/accelerate", "launch", "--cpu", "--num-processes=2", "run.py"], 2),
-        (["python", "-m", "accelerate.commands.launch", "launch", "--cpu", "run.py"], 1),
+        (["python", "-m", "accelerate.commands.launch", "--cpu", "run.py"], 1),
+        (["python", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "launch", "a=1"], 2),
         (["bash"], 1),
         (["python", "launch"], 1),
     ],
