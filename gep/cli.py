@@ -1,4 +1,4 @@
-"""`gep demo | natural | scenes | info | render | predict | convert | shard`: for people; training has run.py."""
+"""`gep demo | natural | scenes | info | render | predict | embed | convert | shard | plan`; training has run.py."""
 
 from __future__ import annotations
 
@@ -54,10 +54,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     render = commands.add_parser("render", help="draw a recording: PNG, GIF or MP4")
     render.add_argument("path", type=Path, help="a recording")
     render.add_argument("-o", "--out", type=Path, required=True, help="the picture (.png) or film (.gif, .mp4)")
-    render.add_argument("--windows", type=int, default=6, help="PNG: windows side by side (%(default)s)")
-    render.add_argument("--window-ms", type=float, default=33.0, help="film: events shown in a frame (%(default)s)")
+    render.add_argument("--windows", type=int, help="PNG: windows side by side (6)")
+    render.add_argument("--window-ms", type=float, help="film: events shown in a frame (33)")
     render.add_argument("--fps", type=float, default=30.0, help="film: frames a second (%(default)s)")
     render.add_argument("--slowdown", type=float, default=1.0, help="film: times slower than life (%(default)s)")
+    render.add_argument("--with", dest="beside", choices=("llm_evrep",), help="images of a model beside the events")
+    render.add_argument("--model", help="--with: the exported model, or its Hub id")
+    _add_view(render, "--with: ")
+    render.epilog = (
+        "A model says itself which events it reads at a time; one that was trained on parts of recordings draws the "
+        "whole recording (--windows 1), and wants to be told the length of a part (--window-ms) for a film."
+    )
     _add_reading(render)
     render.set_defaults(run=_render)
 
@@ -72,10 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     predict.add_argument("--start-ms", type=float, default=0.0, help="recording: begin, from the first event")
     predict.add_argument("--stop-ms", type=float, help="recording: end, from the first event; default: all of it")
     predict.add_argument("--step-ms", type=float, default=0.0, help="recording: between predictions; default: a window")
-    predict.add_argument(
-        "--rectify-map", type=Path, help="recording: the camera's rectify map; default: rectify_map.h5 beside it"
-    )
-    predict.add_argument("--raw", action="store_true", help="recording: leave events as they are, also without a map")
+    _add_view(predict, "recording: ")
     predict.add_argument("--fps", type=float, default=0.0, help="film: frames a second; default: as fast as life")
     predict.add_argument("--npz", action="store_true", help="also write the maps themselves")
     predict.epilog = (
@@ -85,6 +89,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     _add_reading(predict)
     predict.set_defaults(run=_predict)
+
+    embed = commands.add_parser("embed", help="tokens of every window of a recording, of any length, as .npy")
+    embed.add_argument("path", type=Path, help="a recording")
+    embed.add_argument("-o", "--out", type=Path, required=True, help="the .npy; NAME.times.npy is written beside it")
+    embed.add_argument("--model", required=True, help="the export of stage 1 or 2, or a Hub id")
+    embed.add_argument(
+        "--what", choices=("tokens", "pooled", "hidden", "next", "image"), default="tokens",
+        help="of the encoder: tokens, pooled; of the backbone: hidden, next, image (%(default)s)",
+    )  # fmt: skip
+    embed.add_argument("--span", type=int, help="windows the backbone looks back on; default: as trained")
+    embed.add_argument("--window-ms", type=float, default=0.0, help="length of a window; default: as trained")
+    embed.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="(%(default)s)")
+    _add_reading(embed)
+    embed.set_defaults(run=_embed)
 
     convert = commands.add_parser("convert", help="write a recording in another format, told by the suffix")
     convert.add_argument("source", type=Path, help="a recording")
@@ -111,11 +129,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     shard.epilog = "Further data options as key=value (data.* in --help of a stage), anywhere on the line."
     shard.set_defaults(run=_shard)
 
+    _add_plan(commands)
+
     # argparse does not take positionals on both sides of an option, so these are collected by hand.
     arguments, rest = parser.parse_known_args(argv)
     arguments.options = [item for item in rest if "=" in item and not item.startswith("-")]
     wrong = [item for item in rest if item not in arguments.options]
-    if wrong or (arguments.options and arguments.command not in ("shard", "natural", "predict")):
+    if wrong or (arguments.options and arguments.command not in ("shard", "natural", "predict", "plan")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     config.run_cli(lambda: arguments.run(arguments))
 
@@ -164,6 +184,38 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="sensor columns, likewise")
 
 
+def _add_view(parser: argparse.ArgumentParser, scope: str) -> None:
+    parser.add_argument(
+        "--rectify-map", type=Path, help=f"{scope}the camera's rectify map; default: rectify_map.h5 beside it"
+    )
+    parser.add_argument("--raw", action="store_true", help=f"{scope}leave events as they are, also without a map")
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    plan = commands.add_parser("plan", help="memory, time and disk that a pretraining run needs, from its config")
+    plan.add_argument("config", nargs="*", help="YAML files of a stage, as its run.py takes them")
+    plan.add_argument("--stage", type=int, choices=(1, 2), help="where the fields that are set do not tell")
+    plan.add_argument("--stage1", action="append", default=[], metavar="FILE", help="stage 2: its stage-1 config")
+    plan.add_argument("--gpus", type=int, default=1, help="devices that share a batch (%(default)s)")
+    plan.add_argument("--device", default="auto", help="h200, h100, a100-80, rtx4090, l40s, cpu, …; default: this one")
+    plan.add_argument("--sharding", choices=("ddp", "fsdp"), default="ddp", help="(%(default)s)")
+    plan.add_argument("--checkpointing", action="store_true", help="the trained blocks run again when going backward")
+    plan.add_argument("--mfu", type=float, default=0.0, help="share of the peak, in place of the assumed rates")
+    plan.add_argument("--events", type=float, default=30_000, help="events a window, where cut by time (%(default)s)")
+    plan.add_argument("--measure", action="store_true", help="calibrate by a few real steps here; needs no data")
+    plan.add_argument("--batch", type=int, default=0, help="--measure: samples a step; default: what is affordable")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
+    plan.epilog = "Fields of the config as dotted.key=value, anywhere on the line."
+    plan.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from gep.plan.command import run
+
+    # Between the YAML files, dotted options are positionals too.
+    run(arguments, [*arguments.config, *arguments.options])
+
+
 def _info(arguments: argparse.Namespace) -> None:
     from gep.data.describe import describe_path
 
@@ -174,13 +226,40 @@ def _render(arguments: argparse.Namespace) -> None:
     from gep.events.io import open_events
     from gep.events.render import strip, video
 
-    with open_events(arguments.path, height=arguments.height, width=arguments.width) as source:
-        if arguments.out.suffix.lower() == ".png":
-            strip(source.read(), windows=arguments.windows).save(arguments.out)
-        else:
-            window_us = round(1000 * arguments.window_ms)
-            video(source, arguments.out, window_us=window_us, fps=arguments.fps, slowdown=arguments.slowdown)
+    still = arguments.out.suffix.lower() == ".png"
+    film = {"fps": arguments.fps, "slowdown": arguments.slowdown}
+    if arguments.beside:
+        _render_beside(arguments, still, film)
+    elif arguments.model or arguments.rectify_map or arguments.raw:
+        raise ValueError("--model, --rectify-map and --raw have no effect on events alone; add --with llm_evrep")
+    else:
+        with open_events(arguments.path, height=arguments.height, width=arguments.width) as source:
+            if still:
+                windows = 6 if arguments.windows is None else arguments.windows
+                strip(source.read(), windows=windows).save(arguments.out)
+            else:
+                window_ms = 33.0 if arguments.window_ms is None else arguments.window_ms
+                video(source, arguments.out, window_us=round(1000 * window_ms), **film)
     print(arguments.out)
+
+
+def _render_beside(arguments: argparse.Namespace, still: bool, film: dict[str, float]) -> None:
+    import torch
+
+    from downstream.llm_evrep.model import EvRep
+    from downstream.llm_evrep.render import draw_film, draw_strip
+    from gep.events.io import open_events
+
+    if not arguments.model:
+        raise ValueError("--with llm_evrep needs --model: the export of a downstream/llm_evrep run, or a Hub id")
+    model = EvRep.from_pretrained(arguments.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    view = {"rectify_map": arguments.rectify_map, "raw": arguments.raw}
+    with open_events(arguments.path, height=arguments.height, width=arguments.width) as source:
+        if still:
+            draw_strip(model, source, windows=arguments.windows, **view).save(arguments.out)
+        else:
+            window_us = round(1000 * (arguments.window_ms or 0.0))
+            draw_film(model, source, arguments.out, window_us=window_us, **film, **view)
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -215,6 +294,20 @@ def _predict(arguments: argparse.Namespace) -> None:
             count = predict_recording(model, source, arguments.out, stop_us=stop_us, **times, **view, **shown)
         print(f"{count:,} predictions")
     print(arguments.out)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from gep.embed import embed
+    from gep.events.io import open_events
+    from gep.hub import GEPModel
+
+    model = GEPModel.from_pretrained(arguments.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    options = {name: getattr(arguments, name) for name in ("what", "span", "dtype")}
+    with open_events(arguments.path, height=arguments.height, width=arguments.width) as source:
+        written = embed(model, source, arguments.out, window_us=round(1000 * arguments.window_ms), **options)
+    print(f"{arguments.out}: {written}")
 
 
 def _convert(arguments: argparse.Namespace) -> None:

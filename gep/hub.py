@@ -17,7 +17,8 @@ from gep import export
 from gep.events.prepare import INPUT_KEYS, InputSettings, windows_of
 from gep.events.represent import Representation, build, describe
 from gep.events.types import EventBatch, Events
-from gep.models import PRESETS, Backbone, EventEncoder, FrozenVFM
+from gep.models import PRESETS, Backbone, EventEncoder, FrozenVFM, KVCache
+from gep.stream import EventStream
 
 KIND = "gep"
 """`kind` of the folder that `save_pretrained` writes."""
@@ -31,7 +32,6 @@ model = GEPModel.from_pretrained("{name}")  # a folder or a Hub id
 encoded = model.encode(read_events("recording.bin", height=34, width=34))
 encoded.tokens, encoded.pooled, encoded.t_us  # (1, T, N, D), (1, T, D), (1, T) µs
 """
-
 
 Recordings: TypeAlias = Events | Sequence[Events] | EventBatch
 """One recording, several, or a batch of B * T windows (sample-major) that have the input's size already."""
@@ -103,8 +103,7 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
         if self.represent.channels != self.encoder.in_chans:
             raise ValueError(
                 f"representation {representation['name']} has {self.represent.channels} channels, the "
-                f"encoder takes "
-                f"{self.encoder.in_chans}: set in_chans to it"
+                f"encoder takes {self.encoder.in_chans}: set in_chans to it"
             )
         self.encoder.grid(input["height"], input["width"])
 
@@ -156,26 +155,29 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
     @property
     def preset(self) -> str | None:
         """Name of the encoder preset with this architecture, None where it is no preset's."""
-        arch = self.encoder.config["arch"]
-        return next((name for name, preset in PRESETS.items() if preset.arch == arch), None)
+        return next((name for name, preset in PRESETS.items() if preset.arch == self.encoder.config["arch"]), None)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def forward(self, frames: Tensor, t_us: Tensor | None = None) -> GEPOutput:
+    def forward(
+        self, frames: Tensor, t_us: Tensor | None = None, *, backbone: bool = True, cache: KVCache | None = None
+    ) -> GEPOutput:
         """Encode every window, then run the backbone causally over them.
 
         Args:
             frames: (B, T, C, H, W) represented windows.
             t_us: (B, T) int64 end of each window [µs]; None = windows of `window_us` one after the other.
+            backbone: False leaves the backbone out.
+            cache: of the windows before these, extended in place; needs t_us.
         Raises:
             ValueError: there is a backbone, and neither t_us nor a window length says when the windows end.
         """
         tokens, pooled = self.encoder(frames.flatten(0, 1))
         tokens, pooled = (x.unflatten(0, frames.shape[:2]) for x in (tokens, pooled))
-        if self.backbone is None:
+        if self.backbone is None or not backbone:
             return GEPOutput(tokens, pooled, None, None, None)
         if t_us is None:
             if not self.input_settings["window_us"]:
@@ -183,7 +185,7 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
             t_us = torch.arange(1, frames.shape[1] + 1, device=frames.device) * self.input_settings["window_us"]
             t_us = t_us.expand(frames.shape[:2])
         modality = torch.zeros(frames.shape[:2], dtype=torch.int64, device=frames.device)
-        out = self.backbone(tokens, modality, t_us, self.encoder.grid(*frames.shape[-2:]))
+        out = self.backbone(tokens, modality, t_us, self.encoder.grid(*frames.shape[-2:]), cache=cache)
         return GEPOutput(tokens, pooled, *out)
 
     def frames(
@@ -210,13 +212,42 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
     @torch.no_grad()
     def encode(self, events: Recordings, bounds: np.ndarray | None = None, windows: int | None = None) -> Encoded:
         """Tokens of recordings, in evaluation mode and without gradients; arguments as `frames`."""
-        out, t_us = self._run(events, bounds, windows, backbone=False)
-        return Encoded(out.tokens, out.pooled, t_us)
+        frames, edges = self.frames(events, bounds, windows)
+        out = self.predict_frames(frames, edges[..., 1], backbone=False)
+        return Encoded(out.tokens, out.pooled, edges[..., 1])
 
     @torch.no_grad()
     def predict(self, events: Recordings, bounds: np.ndarray | None = None, windows: int | None = None) -> GEPOutput:
         """`forward` on recordings, in evaluation mode and without gradients; arguments as `frames`."""
-        return self._run(events, bounds, windows, backbone=True)[0]
+        frames, edges = self.frames(events, bounds, windows)
+        return self.predict_frames(frames, edges[..., 1])
+
+    @torch.no_grad()
+    def predict_frames(
+        self, frames: Tensor, t_us: Tensor, *, backbone: bool = True, cache: KVCache | None = None
+    ) -> GEPOutput:
+        """`forward` in evaluation mode and without gradients."""
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            return self(frames, t_us, backbone=backbone, cache=cache)
+        finally:
+            for module in training:
+                module.training = True
+
+    def stream(
+        self,
+        height: int,
+        width: int,
+        *,
+        span: int | None = None,
+        window_us: int = 0,
+        t0_us: int | None = None,
+        backbone: bool = True,
+    ) -> EventStream:
+        """Windows of a recording as its events come in; arguments and errors as gep.stream.EventStream."""
+        return EventStream(self, height, width, span=span, window_us=window_us, t0_us=t0_us, backbone=backbone)
 
     def classify(self, pooled: Tensor) -> Tensor | None:
         """Logits (…, K) of the teacher's classes from mean tokens (…, D); None without classes."""
@@ -317,18 +348,3 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
         if model.class_head is not None:
             model.class_head.requires_grad_(False)
         return model.eval()
-
-    def _run(
-        self, events: Recordings, bounds: np.ndarray | None, windows: int | None, backbone: bool
-    ) -> tuple[GEPOutput, Tensor]:
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            frames, edges = self.frames(events, bounds, windows)
-            if backbone:
-                return self(frames, edges[..., 1]), edges[..., 1]
-            tokens, pooled = (x.unflatten(0, frames.shape[:2]) for x in self.encoder(frames.flatten(0, 1)))
-            return GEPOutput(tokens, pooled, None, None, None), edges[..., 1]
-        finally:
-            for module, training in modes.items():
-                module.training = training

@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from downstream.depth.task import DepthConfig
+from downstream.llm_evrep.config import EvRepConfig
+from downstream.llm_evrep.evaluate import EvaluateConfig
 from downstream.recognition.task import RecognitionConfig
 from downstream.segmentation.task import SegmentationConfig
 from gep import config
@@ -21,6 +23,10 @@ SCHEMAS = {
     "configs/downstream/recognition": RecognitionConfig,
     "configs/downstream/segmentation": SegmentationConfig,
     "configs/downstream/depth": DepthConfig,
+    "configs/downstream/llm_evrep/evaluate": EvaluateConfig,
+    "configs/downstream/llm_evrep": EvRepConfig,
+    "gep/demo/evrep_read": EvaluateConfig,
+    "gep/demo/evrep_train": EvRepConfig,
     "gep/demo/stage1.yaml": Stage1Config,
     "gep/demo/stage2.yaml": Stage2Config,
     "gep/demo/natural.yaml": Stage1Config,

@@ -35,14 +35,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gep.accelerator",
     ),
     "gep.evaluate": ("gep.data", "gep.accelerator"),
-    "gep.hub": ("gep.hub", "gep.export", "gep.models", "gep.events"),
+    "gep.hub": ("gep.hub", "gep.export", "gep.models", "gep.events", "gep.stream"),
+    "gep.stream": ("gep.events", "gep.models"),
+    "gep.embed": ("gep.hub", "gep.stream", "gep.events"),
     "gep.cli": ("gep", "stage1_align", "stage2_autoregress", "downstream"),
     "gep.demo": ("gep", "stage1_align", "stage2_autoregress", "downstream"),
+    "gep.plan": ("gep", "stage1_align", "stage2_autoregress"),
     "stage1_align": ("gep", "stage1_align"),
     "stage2_autoregress": ("gep", "stage2_autoregress"),
     "downstream": ("gep", "downstream"),
 }
-ROOF = ("gep.cli", "gep.demo")
+ROOF = ("gep.cli", "gep.demo", "gep.plan")
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -42,6 +42,9 @@ class NextTargets(NamedTuple):
 class KVCache:
     """Keys, values and validity of the frames seen so far; `Backbone.forward` appends to it in place."""
 
+    span: int | None = None
+    """A frame sees at most this many frames, itself included, and no more are kept; None = the backbone's span.
+    Outputs are those of a whole sequence run by a backbone of the smaller of the two spans."""
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Per block: keys and values (B, heads, frames * N, head_dim), rotated."""
     valid: Tensor | None = None
@@ -53,7 +56,7 @@ class KVCache:
 
     @property
     def num_frames(self) -> int:
-        """Frames held, at most the backbone's `span` - 1 when it has one."""
+        """Frames held, at most one less than the smaller span."""
         return 0 if self.valid is None else self.valid.shape[1]
 
 
@@ -215,7 +218,7 @@ class Backbone(nn.Module):
             raise ValueError(f"frames have {dim} channels, the backbone takes token_dim = {self.token_dim}")
         if t_us.is_floating_point():
             raise ValueError("t_us must be an integer tensor of µs: float32 cannot hold absolute times")
-        past = cache.num_frames if cache is not None else 0
+        past, span = (0, self.span) if cache is None else (cache.num_frames, self.span_of(cache))
         cos, sin = self.rotary.angles(grid, self._elapsed(t_us, valid, cache))
         mask, is_causal = self._mask(num, past, count, valid, cache, frames.device)
 
@@ -227,7 +230,7 @@ class Backbone(nn.Module):
             kept = cache.layers[i] if past else None
             x, kept = block(x, cos, sin, mask, is_causal, kept)
             if cache is not None:
-                drop = 0 if self.span is None else max(0, past + num - self.span + 1) * count
+                drop = 0 if span is None else max(0, past + num - span + 1) * count
                 cache.layers[i : i + 1] = [(kept[0][:, :, drop:], kept[1][:, :, drop:])]
             if i + 1 in depths and i + 1 < self.num_layers:
                 states[i + 1] = self.norm(x).view(batch, num, count, self.width)
@@ -236,6 +239,11 @@ class Backbone(nn.Module):
         hidden = self.norm(x).view(batch, num, count, self.width)
         following = modality if next_modality is None else next_modality
         return BackboneOutput(hidden, self._next(hidden, modality, following), self.image_head(hidden)), states
+
+    def span_of(self, cache: KVCache) -> int | None:
+        """Frames that a frame sees with this cache, itself included; None = all before it."""
+        spans = [span for span in (self.span, cache.span) if span is not None]
+        return min(spans, default=None)
 
     def next_targets(self, tokens: Tensor, valid: Tensor | None = None, modality: Tensor | None = None) -> NextTargets:
         """The tokens that `next` predicts, shifted by a frame or by a token as `order` says.
@@ -288,7 +296,8 @@ class Backbone(nn.Module):
         device: torch.device,
     ) -> tuple[Tensor | None, bool]:
         """Mask (B or 1, 1, num * count, (past + num) * count) or None, and whether is_causal does it."""
-        limited = self.span is not None and past + num > self.span
+        span = self.span if cache is None else self.span_of(cache)
+        limited = span is not None and past + num > span
         padded = valid is not None or (cache is not None and cache.padded)
         if not limited and not padded and not past and self.order == "token":
             return None, True
@@ -297,8 +306,8 @@ class Backbone(nn.Module):
         query = torch.arange(past, past + num, device=device)[:, None]
         key = torch.arange(past + num, device=device)[None]
         seen = (key <= query)[None]
-        if self.span is not None:
-            seen = seen & (key > query - self.span)
+        if span is not None:
+            seen = seen & (key > query - span)
         if padded:
             ok = torch.ones(1, num, dtype=torch.bool, device=device) if valid is None else valid
             if past:
@@ -315,7 +324,8 @@ class Backbone(nn.Module):
         cache.padded = cache.padded or valid is not None
         new = torch.ones(batch, num, dtype=torch.bool, device=device) if valid is None else valid
         seen = new if cache.valid is None else torch.cat([cache.valid, new], dim=1)
-        cache.valid = seen if self.span is None else seen[:, max(0, seen.shape[1] - (self.span - 1)) :]
+        span = self.span_of(cache)
+        cache.valid = seen if span is None else seen[:, max(0, seen.shape[1] - (span - 1)) :]
 
 
 BACKBONES: Mapping[str, dict[str, int]] = {

@@ -73,6 +73,7 @@ class FrozenVFM:
         class_head: the module behind `classify`, None without one.
         classes: names that `classify` gives logits for.
         logit_scale: what a text model multiplies cosines by; None without a text tower.
+        native_size: (H, W) of the images it was trained on, where it says so (export, open_clip).
         visual_reason: why `visual` is None, where it is.
     """
 
@@ -89,6 +90,7 @@ class FrozenVFM:
         mean: Sequence[float],
         std: Sequence[float],
         image_size: tuple[int, int] | None = None,
+        native_size: tuple[int, int] | None = None,
         grid: Callable[[int, int], tuple[int, int]],
         class_head: nn.Module | None = None,
         classes: Sequence[str] | None = None,
@@ -98,7 +100,7 @@ class FrozenVFM:
     ) -> None:
         self.spec, self.embed_dim, self.pooled_dim = spec, embed_dim, pooled_dim
         self._visual, self.visual_reason = visual, visual_reason
-        self.image_size, self.logit_scale = image_size, logit_scale
+        self.image_size, self.native_size, self.logit_scale = image_size, native_size, logit_scale
         self.classes = None if classes is None else list(classes)
         self._model, self._forward, self._grid = model, forward, grid
         self.class_head, self._text, self._text_reason = class_head, text, text_reason
@@ -159,6 +161,10 @@ class FrozenVFM:
                 register tokens.
             pooled: (B, pooled_dim) float32, not normalised; open_clip: the joint-space image embedding.
         """
+        return self.features_with_grad(image)
+
+    def features_with_grad(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """`features` with a graph to the pixels; the weights stay frozen."""
         image = as_float(image.to(self.device))
         if self.image_size is not None and tuple(image.shape[-2:]) != self.image_size:
             image = F.interpolate(image, self.image_size, mode="bicubic", align_corners=False, antialias=True).clamp(
@@ -284,6 +290,7 @@ def _from_export(
         "pooled_dim": encoder.embed_dim,
         "mean": mean,
         "std": std,
+        "native_size": (int(encoder.config["img_size"][0]), int(encoder.config["img_size"][1])),
         "grid": encoder.grid,
         "class_head": model.class_head,
         "classes": model.classes or None,

@@ -94,6 +94,7 @@ def _parts(spec: str, arch: str, model: nn.Module, known: dict[str, Any]) -> dic
         "pooled_dim": open_clip.get_model_config(arch)["embed_dim"],
         "mean": known.get("mean") or tower.preprocess_cfg["mean"],
         "std": known.get("std") or tower.preprocess_cfg["std"],
+        "native_size": (int(tower.image_size[0]), int(tower.image_size[1])),
         "grid": partial(_grid, spec, tuple(tower.image_size), patch),
         "text": partial(_text, arch, model),
         "logit_scale": float(model.logit_scale.detach().exp()),

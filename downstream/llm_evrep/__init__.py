@@ -1,0 +1,1 @@
+"""LLM-EvRep: images of events that a frozen language model reads as it reads photographs."""

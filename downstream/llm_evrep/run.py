@@ -1,0 +1,155 @@
+"""LLM-EvRep from the command line: a generator whose images a frozen model reads as it reads the RGB frames.
+
+accelerate launch downstream/llm_evrep/run.py configs/downstream/llm_evrep/nmnist.yaml data.root=DIR \
+    llm.name=tagger:runs/demo/teacher/export
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from downstream.dense.settings import input_settings
+from downstream.llm_evrep.config import FREE_OF_READER, EvRepConfig
+from downstream.llm_evrep.descriptions import describe_frames
+from downstream.llm_evrep.generator import build_generator
+from downstream.llm_evrep.gep_init import gep_generator
+from downstream.llm_evrep.model import EvRep
+from downstream.llm_evrep.readers import Answers, CachedReader
+from downstream.llm_evrep.task import EvRepTask, build_semantic, judge, summarise
+from gep import config, export
+from gep.checkpoint import prepare_run_dir
+from gep.data.build import batches_of, build, represent_of, roots, take_over
+from gep.data.config import DataConfig
+from gep.data.paired import collate
+from gep.data.sampler import Batch
+from gep.engine import fit, make_accelerator
+from gep.evaluate import collect
+from gep.events.frames import PerSource
+from gep.events.represent import Representation
+from gep.hub import GEPModel
+from gep.optim import param_groups
+
+_BASELINE_LR = 10.0  # a linear model has the rewards to follow as they change
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Trains a generator and exports it; returns the final metrics."""
+    cfg = config.load(EvRepConfig, argv)
+    accelerator = make_accelerator(cfg.train, cfg.run)
+    generator, represent, data = build_input(cfg, config.given(argv))
+    train_set, eval_set = build(data, paired=True)
+    accelerator.print(f"train on {train_set.describe()}\nevaluate on {eval_set.describe()}")
+    reader = cached = None
+    if cfg.llm.name:
+        reader = cfg.llm.build(device=accelerator.device, classes=eval_set.listing.classes)
+    estimator = cfg.loss.resolve(None if reader is None else reader.has_weights)
+    run_dir = prepare_run_dir(
+        cfg.run,
+        cfg,
+        may_differ=("run", "cache", "llm.device", "generator.model", *FREE_OF_READER, *roots(data)),
+        inputs=weights_of(cfg),
+    )
+    descriptions: dict[str, str] = {}
+    if reader is not None:
+        cached = CachedReader(reader, Answers(cfg.cache or run_dir / "answers", rank=accelerator.process_index))
+        if estimator != "none":
+            descriptions = describe_frames(train_set, cached, cfg.llm.prompt, progress=cfg.train.progress)
+    # Answers of local weights cost less than keeping them; of others none may be asked twice.
+    asked = reader if reader is None or reader.has_weights else cached
+    semantic = build_semantic(estimator, cfg.loss, asked, cfg.llm.prompt, seed=cfg.train.seed)
+    first = next(iter(data.sources().values()))
+    model = EvRep(
+        represent,
+        generator,
+        input_settings=input_settings(first, eval_set.listing),
+        reader="" if reader is None else reader.name,
+    )
+    task = EvRepTask(model, cfg.loss, semantic, descriptions)
+    accelerator.register_for_checkpointing(task.progress)
+
+    def rows(batch: Batch) -> dict[str, Tensor]:
+        images = task.model(batch)
+        if asked is None:
+            return judge(images, batch["image"], [], [])
+        answers = asked.describe(images, cfg.llm.prompt)
+        return judge(images, batch["image"], answers, cached.describe(batch["image"], cfg.llm.prompt))
+
+    count = min(len(eval_set), cfg.eval_samples or len(eval_set))
+
+    def evaluate(_: nn.Module, step: int) -> dict[str, float]:
+        found = collect(
+            rows,
+            eval_set,
+            collate=collate,
+            batch_size=max(1, cfg.train.batch_size // (accelerator.num_processes * cfg.train.accumulate)),
+            accelerator=accelerator,
+            indices=(np.arange(count) * len(eval_set) // count).tolist(),
+        )
+        return summarise(found)
+
+    metrics = fit(
+        task,
+        batches_of(train_set, collate, cfg.train, data),
+        train=cfg.train,
+        optim=cfg.optim,
+        accelerator=accelerator,
+        run_dir=run_dir,
+        groups=param_groups(
+            task,
+            lr=cfg.optim.lr,
+            weight_decay=cfg.optim.weight_decay,
+            layer_decay=cfg.optim.layer_decay,
+            scales={"semantic.baseline": _BASELINE_LR} if estimator == "score" else None,
+        ),
+        evaluate=evaluate,
+    )
+    if estimator == "score":
+        metrics["score_shown"] = float(task.progress.shown)
+    if accelerator.is_main_process:
+        about = {"train": train_set.describe(), "evaluate": eval_set.describe(), "prompt": cfg.llm.prompt}
+        about["loss"] = {**asdict(cfg.loss), "estimator": estimator}
+        model.save_pretrained(Path(run_dir) / "export", metrics=metrics, data=about)
+    accelerator.print({name: round(value, 4) for name, value in metrics.items()})
+    return metrics
+
+
+def build_input(cfg: EvRepConfig, given: set[str]) -> tuple[nn.Module, Representation | PerSource, DataConfig]:
+    """Generator, representation and data config; of init=gep the encoder's input is taken over where none is given."""
+    if cfg.generator.init == "random":
+        represent = represent_of(cfg.represent.build(), cfg.data)
+        generator = build_generator(cfg.generator.preset, in_chans=cfg.data.windows * represent.channels)
+        return generator, represent, cfg.data
+    if any(name.startswith("represent.") for name in given):
+        warnings.warn(
+            f"no effect with generator.init=gep: represent.*, as {cfg.generator.model} has its own", stacklevel=2
+        )
+    folder = export.fetch(cfg.generator.model)
+    settings = GEPModel.from_pretrained(folder).input_settings
+    data = take_over(cfg.data, settings, cfg.generator.model, given=given, free=tuple(settings))
+    generator, own = gep_generator(
+        folder, preset=cfg.generator.preset, windows=data.windows, freeze=cfg.generator.freeze_encoder
+    )
+    return generator, represent_of(own, data), data
+
+
+def weights_of(cfg: EvRepConfig) -> dict[str, Path]:
+    """Files that the run starts from and whose content a resumed run must find unchanged."""
+    files = {}
+    if cfg.llm.name.startswith("tagger:"):
+        name = cfg.llm.name.removeprefix("tagger:").removeprefix("export:")
+        files["llm.name"] = Path(name).expanduser() / export.WEIGHTS
+    if cfg.llm.file:
+        files["llm.file"] = Path(cfg.llm.file).expanduser()
+    if cfg.generator.init == "gep":
+        files["generator.model"] = export.fetch(cfg.generator.model) / export.WEIGHTS
+    return files
+
+
+if __name__ == "__main__":
+    config.run_cli(main)

@@ -1,0 +1,1 @@
+"""What a pretraining run will cost, from its config: `gep plan`."""
