@@ -41,6 +41,12 @@ bench: $(VENV)/.installed  ## speed as ratios, one table a script
 	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.loader
 	$(BIN)/python -m bench.simulate
+	$(BIN)/python -m bench.sparse
+	$(BIN)/python -m bench.teacher_cache
+	$(BIN)/python -m bench.tokens
+	$(BIN)/python -m bench.stream
+	$(BIN)/python -m bench.plan
+	$(BIN)/python -m bench.evrep
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ from gep.data.paired import Recordings, collate
 from gep.evaluate import collect
 from gep.events.frames import frames as frames_of
 from gep.hub import GEPModel
+from gep.models.sparse import mean_token
 
 Feature = Literal["all", "last"]
 Pool = Literal["mean", "mean_std", "mean_max"]
@@ -30,7 +31,7 @@ class WindowFeatures:
     image: Tensor
     """(B, T, D): mean token in the image model's space, as `GEPModel.classify` takes it"""
     encoder: Tensor
-    """(B, T, D): the encoder's mean token of window t alone"""
+    """(B, T, D): the encoder's mean token of window t alone, of encoded patches only"""
     has_past: bool
     """whether window t has seen the windows before it"""
 
@@ -55,21 +56,36 @@ class WindowFeatures:
         return self.pooled("last" if self.has_past else "all", upto)
 
 
-def pool_tokens(tokens: Tensor, pool: Pool) -> Tensor:
+def pool_tokens(tokens: Tensor, pool: Pool, real: Tensor | None = None) -> Tensor:
     """(…, N, D) tokens -> (…, D) their mean, or (…, 2 D) with the standard deviation or maximum over N beside it.
 
     An object that fills a few tokens of many hardly moves the mean.
+
+    Args:
+        real: (…, N) bool, the tokens that count, at least one each; None = all. One token alone has deviation 0.
     """
-    mean = tokens.mean(dim=-2)
+    mean = mean_token(tokens, real)
     if pool == "mean":
         return mean
-    return torch.cat([mean, tokens.std(dim=-2) if pool == "mean_std" else tokens.amax(dim=-2)], dim=-1)
+    if real is None:
+        return torch.cat([mean, tokens.std(dim=-2) if pool == "mean_std" else tokens.amax(dim=-2)], dim=-1)
+    out = ~real[..., None]
+    if pool == "mean_std":
+        squares = (tokens - mean[..., None, :]).masked_fill(out, 0.0).square().sum(dim=-2)
+        # The root of 0 has no gradient.
+        beside = (squares / (real.sum(dim=-1, keepdim=True) - 1).clamp_min(1)).clamp_min(1e-12).sqrt()
+    else:
+        beside = tokens.masked_fill(out, -torch.inf).amax(dim=-2)
+    return torch.cat([mean, beside], dim=-1)
 
 
 def window_features(
     model: GEPModel, batch: dict[str, Any], *, use_backbone: bool = True, pool: Pool = "mean"
 ) -> WindowFeatures:
     """Features of every window of a batch.
+
+    Of an encoder that leaves patches out the encoded tokens are pooled; of a backbone all, as it reads all and says
+    something of every place.
 
     Args:
         model: exported model; its backbone is used where it has one.
@@ -80,10 +96,11 @@ def window_features(
     frames = frames_of(model.represent, batch["events"])
     tokens, _ = model.encoder(frames)
     tokens = tokens.float().unflatten(0, (-1, batch["windows"]))
+    real = model.encoder.real(frames)
+    real = None if real is None else real.unflatten(0, (-1, batch["windows"]))
+    encoder_mean = mean_token(tokens, real)
     if model.backbone is None or not use_backbone:
-        mean = tokens.mean(dim=2)
-        return WindowFeatures(pool_tokens(tokens, pool), mean, mean, has_past=False)
-    encoder_mean = tokens.mean(dim=2)
+        return WindowFeatures(pool_tokens(tokens, pool, real), encoder_mean, encoder_mean, has_past=False)
     tokens = F.layer_norm(tokens, tokens.shape[-1:])
     output = model.backbone(
         tokens,

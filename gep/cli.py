@@ -1,4 +1,4 @@
-"""`gep demo | natural | scenes | info | render | predict | embed | convert | shard | plan`; training has run.py."""
+"""`gep demo | natural | scenes | info | render | predict | embed | convert | shard | plan | import | export`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gep import __version__, config
+from gep.interop.command import add_commands as add_interop
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -130,12 +131,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     shard.set_defaults(run=_shard)
 
     _add_plan(commands)
+    add_interop(commands)
 
     # argparse does not take positionals on both sides of an option, so these are collected by hand.
     arguments, rest = parser.parse_known_args(argv)
     arguments.options = [item for item in rest if "=" in item and not item.startswith("-")]
     wrong = [item for item in rest if item not in arguments.options]
-    if wrong or (arguments.options and arguments.command not in ("shard", "natural", "predict", "plan")):
+    if wrong or (arguments.options and arguments.command not in ("shard", "natural", "predict", "plan", "import")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     config.run_cli(lambda: arguments.run(arguments))
 

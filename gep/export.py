@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -13,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from huggingface_hub import get_token, snapshot_download
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gep import __version__
+from gep.card import model_card as model_card
 
 FORMAT, FORMAT_VERSION = "gep", 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _OURS = {CONFIG, WEIGHTS, CARD, ".gitattributes"}
 _RESERVED = ("format", "format_version", "kind", "gep_version")
+_MOST_BYTES = 16 * 2**20  # of config.json; 100 000 names of classes are a tenth of it
+_FLOATS, _WHOLES = ("F64", "F32", "F16", "BF16"), ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 def save_folder(
@@ -95,32 +100,63 @@ def load_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: it is damaged, of another format version or of another kind.
     """
+    return read_config(folder, kind), read_weights(folder)
+
+
+def read_config(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The first half of `load_folder`: the config, none of whose values has been looked at."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no export at {folder}: give a folder written by gep (with {CONFIG}, {WEIGHTS})")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: it is not a gep export, or an incomplete copy of one")
+    if (size := (folder / CONFIG).stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"{folder / CONFIG} has {size} bytes, no config has over {_MOST_BYTES}: export again")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG} is not valid JSON ({error}): export the model again") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f'{folder / CONFIG} is not of a gep export (no "format": "{FORMAT}")')
     if (version := config.get("format_version")) != FORMAT_VERSION:
         writer = config.get("gep_version", "unknown")
         raise ValueError(
-            f"{folder} is of format version {version}, this gep {__version__} reads version "
-            f"{FORMAT_VERSION}: "
+            f"{folder} is of format version {version}, this gep {__version__} reads version {FORMAT_VERSION}: "
             f"install the gep that wrote it ({writer}), or export the model again with this one"
         )
     if config.get("kind") != kind:
         raise ValueError(f"{folder} holds a model of kind {config.get('kind')!r}, {kind!r} was asked for")
+    return {key: value for key, value in config.items() if key not in _RESERVED}
+
+
+def read_weights(folder: str | os.PathLike[str], own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The second half of `load_folder`: the tensors.
+
+    Args:
+        folder: as in load_folder.
+        own: what the model has, on any device, also meta; the file's header has to fit it before a tensor is read.
+    Raises:
+        ValueError: the file is damaged, or does not fit.
+    """
+    path = Path(folder).expanduser() / WEIGHTS
     try:
-        state = load_file(folder / WEIGHTS)
+        if own is not None:
+            check_header(path, own)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): copy or export it again") from error
-    return {key: value for key, value in config.items() if key not in _RESERVED}, state
+        raise ValueError(f"{path} is damaged ({error}): copy or export it again") from error
+
+
+def check_header(path: Path, own: Mapping[str, Tensor]) -> None:
+    """ValueError where the header of a safetensors file does not state exactly the tensors of `own`."""
+    with safe_open(path, framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}
+        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    _refuse_misfit(own, {name: shape for name, (shape, _) in found.items()}, str(path), "the model of its config")
+    for name, (_, kind) in found.items():
+        if kind not in (_FLOATS if own[name].is_floating_point() else _WHOLES):
+            raise ValueError(f"{path}: {name} is of type {kind}, the model has {own[name].dtype}: export again")
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str = "state") -> None:
@@ -133,20 +169,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], *, source: str =
     Raises:
         ValueError: naming what is missing, unexpected or of another shape; the module is then unchanged.
     """
-    own = module.state_dict()
-    shapes = [
-        f"{name} {tuple(state[name].shape)} where the model has {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    faults = {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [name for name in state if name not in own],
-        "of another shape": shapes,
-    }
-    if any(faults.values()):
-        parts = [f"{what}: {', '.join(names)}" for what, names in faults.items() if names]
-        raise ValueError(f"{source} does not fit {type(module).__name__}: {'; '.join(parts)}")
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _refuse_misfit(module.state_dict(), found, source, type(module).__name__)
     module.load_state_dict(dict(state), strict=True)
 
 
@@ -175,8 +199,12 @@ def fetch(
 
     Args:
         name: a folder, or "user/model"; the rest as huggingface_hub.snapshot_download.
+    Returns:
+        The folder; of a download, the cached one of that commit, its files compared with the hashes that the Hub
+        states for them.
     Raises:
         FileNotFoundError: it can only be a path and is no folder, or cannot be downloaded.
+        ValueError: a downloaded file has not the content that the Hub states.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -198,55 +226,70 @@ def fetch(
             allow_patterns=[CONFIG, WEIGHTS, CARD],
         )
     except Exception as error:  # httpx, huggingface_hub and OS errors share no base class
-        cause = " ".join(str(error).split())[:300]
         raise FileNotFoundError(
-            f"{name} is no folder here, and could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}: {cause}): check the name, or give the folder of an export"
-        ) from error
+            f"{name} is no folder here, and could not be fetched from the Hugging Face Hub ({reason(error, token)}): "
+            "check the name, or give the folder of an export"
+        ) from None  # its own message may repeat the token
+    for file in (CONFIG, WEIGHTS):
+        _check_hash(Path(downloaded) / file, name)
     return Path(downloaded)
 
 
-def model_card(
-    *,
-    title: str,
-    summary: str,
-    config: Mapping[str, Any],
-    data: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    usage: str = "",
-    license: str = "apache-2.0",
-    tags: tuple[str, ...] = ("event-camera", "neuromorphic-vision"),
-) -> str:
-    """README.md of a model folder: YAML front matter for the Hub, then config, data, metrics and usage.
+def reason(error: BaseException, token: str | bool | None = None) -> str:
+    """Why the Hub did not answer, in one line of at most 300 characters without tokens, passwords and signed queries.
 
     Args:
-        title, summary: heading and first paragraph.
-        config, data, metrics: shown as tables; nested mappings become dotted keys.
-        usage: Python code, shown in a block.
-        license, tags: for the front matter.
+        error: any; where the Hub answered, its own words are taken, else those of the first cause.
+        token: as huggingface_hub takes it.
     """
-    front = ["---", f"license: {license}", "library_name: gep", "tags:", *(f"- {tag}" for tag in tags), "---"]
-    lines = [*front, "", f"# {title}", "", summary.strip(), ""]
-    if usage:
-        lines += ["## Usage", "", "```python", usage.strip(), "```", ""]
-    for heading, values in (("Metrics", metrics), ("Data", data), ("Configuration", config)):
-        if values:
-            rows = [f"| {key} | {_cell(value)} |" for key, value in _flat(values)]
-            lines += [f"## {heading}", "", "| | |", "|---|---|", *rows, ""]
-    return "\n".join(lines)
+    while getattr(error, "response", None) is None and error.__cause__ is not None:
+        error = error.__cause__
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    if token := token if isinstance(token, str) else get_token():
+        words = words.replace(token, "***")
+    words = re.sub(r"\bhf_\w{4,}|(?i:\bbearer\s+\S+)", "***", words)
+    return re.sub(r"(\w+://)[^/@\s]*@", r"\1***@", re.sub(r"(\w+://[^\s?]*)\?\S+", r"\1", words))[:300]
 
 
-def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else "–" if value is None else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+def _check_hash(path: Path, name: str) -> None:
+    """ValueError where a file of the Hub's cache is not what it is named after: its sha256, or git's or plain sha1."""
+    # One step, not resolve(): further on, blobs may have names of another hash.
+    stated = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", stated):
+        size = path.stat().st_size
+        hashes = [hashlib.sha256()] if len(stated) == 64 else [hashlib.sha1(b"blob %d\0" % size), hashlib.sha1()]
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                for digest in hashes:
+                    digest.update(chunk)
+        if stated not in [digest.hexdigest() for digest in hashes]:
+            raise ValueError(
+                f"{path.name} of {name} is damaged: {path} has not the content that the Hub states; "
+                "get it again with force_download=True"
+            )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        nested = isinstance(value, Mapping)
-        rows += _flat(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
-    return rows
+def _refuse_misfit(own: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]], source: str, what: str) -> None:
+    faults = {
+        "missing": [name for name in own if name not in found],
+        "unexpected": [name for name in found if name not in own],
+        "of another shape": [
+            f"{name} {found[name]} where the model has {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in found and found[name] != tuple(tensor.shape)
+        ],
+    }
+    if any(faults.values()):
+        parts = [f"{fault}: {_first(names)}" for fault, names in faults.items() if names]
+        raise ValueError(f"{source} does not fit {what}: {'; '.join(parts)}")
+
+
+def _first(names: list[str], most: int = 20) -> str:
+    return ", ".join(name[:200] for name in names[:most]) + (f" … ({len(names)} in all)" if len(names) > most else "")
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,14 +10,16 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from gep import export
 from gep.events.prepare import INPUT_KEYS, InputSettings, windows_of
 from gep.events.represent import Representation, build, describe
 from gep.events.types import EventBatch, Events
+from gep.export_schema import BACKBONE, CLASSES, ENCODER, INPUT_FIELDS, RECORDED, REPRESENTATION, optional, record, text
 from gep.models import PRESETS, Backbone, EventEncoder, FrozenVFM, KVCache
+from gep.models.words import Templates, class_vectors, text_tower
+from gep.pretrained import Pretrained
 from gep.stream import EventStream
 
 KIND = "gep"
@@ -63,7 +65,7 @@ class GEPOutput(NamedTuple):
     """(B, T, N, D) predicted layer-normed tokens of the paired image."""
 
 
-class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0"):
+class GEPModel(Pretrained):
     """Event encoder with its representation and input size, and a backbone after stage 2.
 
     Every argument is plain JSON, as in an export's config.json; `from_parts` takes the objects themselves.
@@ -77,6 +79,21 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
         teacher: spec of the model it was aligned with, for the record.
         data, metrics: of the training, for the record and the model card.
     """
+
+    _text: FrozenVFM | None = None
+    export_kind = KIND
+    config_schema = record(
+        {
+            "encoder": ENCODER,
+            "representation": REPRESENTATION,
+            "input": record(INPUT_FIELDS, INPUT_KEYS),
+            "backbone": optional(BACKBONE),
+            "classes": optional(CLASSES),
+            "teacher": optional(text(200, r"(timm|open_clip):[^\s:]+", "timm:<name> or open_clip:<arch>/<tag>")),
+            **RECORDED,
+        },
+        needed=("encoder", "representation", "input"),
+    )
 
     def __init__(
         self,
@@ -98,6 +115,8 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
         self.backbone = None if backbone is None else Backbone(**backbone)
         self.classes = None if classes is None else list(classes)
         self.class_head = None if classes is None else nn.Linear(self.encoder.embed_dim, len(self.classes))
+        if self.class_head is not None:
+            self.class_head.requires_grad_(False)  # the teacher's
         self.input_settings: dict[str, Any] = {key: input[key] for key in INPUT_KEYS}
         self.teacher, self.data, self.metrics = teacher, dict(data or {}), dict(metrics or {})
         if self.represent.channels != self.encoder.in_chans:
@@ -130,12 +149,11 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
         model.encoder, model.backbone = encoder, backbone
         if head is not None:
             model.class_head.load_state_dict(head.state_dict())
-            model.class_head.requires_grad_(False).to(model.device)
+            model.class_head.to(model.device)
         return model
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> GEPModel:
-        """A randomly initialised model of `config` (the property, or an export's config.json)."""
+    def _build(cls, config: Mapping[str, Any]) -> GEPModel:
         return cls(**config)
 
     @property
@@ -254,19 +272,31 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
         return None if self.class_head is None else self.class_head(pooled.to(self.device))
 
     @torch.no_grad()
-    def zero_shot(self, events: Recordings, vectors: Tensor | None = None) -> Tensor:
+    def zero_shot(
+        self,
+        events: Recordings,
+        vectors: Tensor | Sequence[str] | None = None,
+        *,
+        templates: Templates = None,
+        file: str | os.PathLike[str] | None = None,
+    ) -> Tensor:
         """Class scores of recordings without labelled events.
 
         Args:
             events: as `frames`.
-            vectors: (K, P) unit vectors of classes in the teacher's pooled space (`FrozenVFM.text`); None
-                = the teacher's own classes, read from the image predicted after the last window, or,
-                without a backbone, from the mean over the windows.
+            vectors: (K, P) unit vectors of classes in the teacher's pooled space, or K prompts in words for its text
+                tower (open_clip teachers; see `word_vectors`); None = the teacher's own classes, read from the image
+                predicted after the last window, or, without a backbone, from the mean over the windows.
+            templates, file: of `word_vectors`.
         Returns:
             (B, K): logits, or cosines with `vectors`.
         Raises:
-            ValueError: no vectors, and the export has no classes.
+            ValueError: no vectors, and the export has no classes; words, and it was aligned with no text tower.
         """
+        if vectors is not None and not isinstance(vectors, Tensor):
+            vectors = self.word_vectors(vectors, templates=templates, file=file)
+        elif templates is not None or file is not None:
+            raise ValueError("templates and file have no effect without words: give class names as strings")
         out = self.predict(events)
         if vectors is not None:
             embedded = F.normalize(self.encoder.embed(out.pooled.mean(1)), dim=-1)
@@ -276,31 +306,30 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
             raise ValueError("this export has no classes (its teacher knew none): give class vectors")
         return logits
 
+    def word_vectors(
+        self, words: Sequence[str], *, templates: Templates = None, file: str | os.PathLike[str] | None = None
+    ) -> Tensor:
+        """(K, P) unit vectors of classes named in words; the teacher's text tower is loaded once and kept.
+
+        Args:
+            words, templates: as gep.models.words.class_vectors.
+            file: the teacher's weights, instead of a download; read where the tower is not loaded yet.
+        Raises:
+            ValueError, FileNotFoundError: see gep.models.words.
+        """
+        if self._text is None:
+            self._text = text_tower(self.teacher, self.encoder, file)
+        return class_vectors(self._text, words, templates)
+
     def save_pretrained(
         self,
         folder: str | os.PathLike[str],
         *,
         metrics: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
-        config: None = None,
-        model_card_kwargs: Mapping[str, Any] | None = None,
+        name: str | None = None,
     ) -> Path:
-        """Write config.json, model.safetensors and README.md; `push_to_hub` calls this too.
-
-        Args:
-            folder: written whole or not at all; an earlier export in it is replaced.
-            metrics, data: kept in the config and shown in the card; None = those the model has.
-            config, model_card_kwargs: what huggingface_hub's push_to_hub passes; the first must be None,
-                the second may hold `metrics` and `data`.
-        Raises:
-            See gep.export.save_folder.
-        """
-        if config is not None:
-            raise ValueError("the config of a GEPModel follows from its parts: leave `config` out")
-        extra = dict(model_card_kwargs or {})
-        metrics, data = metrics or extra.pop("metrics", None), data or extra.pop("data", None)
-        if extra:
-            raise ValueError(f"model_card_kwargs {sorted(extra)} are not used: only metrics and data are")
+        """Write config.json, model.safetensors and README.md; see Pretrained.save_pretrained."""
         self.metrics = self.metrics if metrics is None else export.plain(metrics)
         self.data = self.data if data is None else export.plain(data)
         settings = self.config
@@ -312,39 +341,6 @@ class GEPModel(nn.Module, ModelHubMixin, library_name="gep", license="apache-2.0
             config=shown,
             data=self.data,
             metrics=self.metrics,
-            usage=_USAGE.format(name=Path(folder).name),
+            usage=_USAGE.format(name=name or Path(folder).name),
         )
         return export.save_folder(folder, kind=KIND, config=settings, state=self.state_dict(), card=card)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-    ) -> GEPModel:
-        """Load an export strictly, on the CPU and in evaluation mode.
-
-        Args:
-            name: folder, or id of a model on the Hugging Face Hub.
-            revision, token, cache_dir, force_download, local_files_only: of the Hub download.
-        Raises:
-            FileNotFoundError, ValueError: see gep.export.fetch and load_folder.
-        """
-        place = {"cache_dir": cache_dir, "force_download": force_download}
-        folder = export.fetch(name, revision=revision, token=token, local_files_only=local_files_only, **place)
-        config, state = export.load_folder(folder, KIND)
-        try:
-            model = cls.from_config(config)
-        except (TypeError, KeyError) as error:
-            raise ValueError(
-                f"{folder / export.CONFIG} does not describe a GEPModel ({error}): export again"
-            ) from error
-        export.load_strict(model, state, source=str(folder))
-        if model.class_head is not None:
-            model.class_head.requires_grad_(False)
-        return model.eval()

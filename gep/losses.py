@@ -123,7 +123,9 @@ def siglip(
         return -F.logsigmoid(logits * (own - 1)).sum() / len(a)
 
 
-def similarity_structure(a_tokens: Tensor, b_tokens: Tensor, *, intra: float = 1.0, cross: float = 1.0) -> Tensor:
+def similarity_structure(
+    a_tokens: Tensor, b_tokens: Tensor, *, intra: float = 1.0, cross: float = 1.0, real: Tensor | None = None
+) -> Tensor:
     """Mean squared difference between token-token cosine matrices of a sample, student against teacher.
 
     With S(x, y) the (N, N) cosines between the tokens of x and y, it is
@@ -133,6 +135,8 @@ def similarity_structure(a_tokens: Tensor, b_tokens: Tensor, *, intra: float = 1
         a_tokens: (B, N, D) student tokens.
         b_tokens: (B, N, D') teacher tokens; D' may differ from D when cross = 0.
         intra, cross: weights of the two terms.
+        real: (B, N) bool, at least one True a sample; each sample's mean is over the pairs of its real tokens. None =
+            all are.
     Returns:
         scalar float32.
     Raises:
@@ -151,15 +155,23 @@ def similarity_structure(a_tokens: Tensor, b_tokens: Tensor, *, intra: float = 1
         reference = b @ b.mT
         loss = a.new_zeros(())
         if intra:
-            loss = loss + intra * (a @ a.mT - reference).square().mean()
+            loss = loss + intra * _mean_of_pairs((a @ a.mT - reference).square(), real)
         if cross:
-            loss = loss + cross * (a @ b.mT - reference).square().mean()
+            loss = loss + cross * _mean_of_pairs((a @ b.mT - reference).square(), real)
         return loss
 
 
 def normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / max(|x|, eps) along the last dimension, with a finite gradient at 0."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp_min(eps * eps))
+
+
+def _mean_of_pairs(values: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over samples of the mean of (B, N, N) values over pairs of real tokens."""
+    if real is None:
+        return values.mean()
+    pairs = real[:, :, None] & real[:, None]
+    return (values.masked_fill(~pairs, 0.0).sum((1, 2)) / pairs.sum((1, 2))).mean()
 
 
 def _float32(x: Tensor) -> torch.autocast:

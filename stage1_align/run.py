@@ -19,6 +19,8 @@ from gep.evaluate import collect
 from gep.events.frames import PerSource
 from gep.export import WEIGHTS
 from gep.hub import GEPModel
+from gep.models.sparse import background_of
+from stage1_align.cache import attach_cache, check_crops
 from stage1_align.task import Stage1Config, Stage1Task, check_fit, evaluate_alignment
 
 
@@ -26,20 +28,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Aligns an encoder with its teacher and exports it; returns the final metrics."""
     cfg = config.load(Stage1Config, argv)
     accelerator = make_accelerator(cfg.train, cfg.run)
-    train_set, eval_set = build(cfg.data, paired=True)
+    train_set, eval_set = build(cfg.data, paired=True, crops=True)
     represent = represent_of(cfg.represent.build(), cfg.data)
     teacher = cfg.teacher.build(encoder_preset=cfg.encoder.preset, device=accelerator.device)
     encoder = cfg.encoder.build(
-        in_chans=represent.channels, size=(cfg.data.height, cfg.data.width), head_dim=teacher.pooled_dim
+        in_chans=represent.channels,
+        size=(cfg.data.height, cfg.data.width),
+        head_dim=teacher.pooled_dim,
+        background=background_of(represent.of(0) if isinstance(represent, PerSource) else represent),
     )
     check_fit(encoder, teacher, cfg)
+    check_crops(encoder, cfg)
     accelerator.print(f"train on {train_set.describe()}\nevaluate on {eval_set.describe()}")
     if cfg.encoder.init == "teacher":
         accelerator.print(encoder.init_from_teacher(teacher))
     run_dir = prepare_run_dir(
         cfg.run,
         cfg,
-        may_differ=("run", *roots(cfg.data)),
+        may_differ=("run", "teacher.cache", *roots(cfg.data)),
         inputs={"teacher.name": f"{teacher.spec.removeprefix('export:')}/{WEIGHTS}"},
     )
     vectors = None
@@ -48,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         teacher.classes = teacher.class_head = None
     if teacher.has_text and eval_set.listing.classes:
         vectors = teacher.text([cfg.prompt.format(name.replace("_", " ")) for name in eval_set.listing.classes])
+    if cfg.teacher.cache:
+        attach_cache(cfg, teacher, accelerator, train_set, eval_set)
     task = Stage1Task(encoder, teacher, represent, cfg.loss, vectors)
 
     def evaluate(_: nn.Module, step: int) -> dict[str, float]:

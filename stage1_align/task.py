@@ -14,16 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gep.data.config import DataConfig
+from gep.data.token_cache import check_cacheable
 from gep.distributed import gather, gather_with_grad, rank, world_size
 from gep.engine import TrainConfig
 from gep.events.frames import AnyEvents, PerSource
 from gep.events.frames import frames as frames_of
 from gep.events.represent import Histogram, Representation, RepresentConfig
 from gep.losses import info_nce, regression, siglip, similarity_structure
-from gep.models.config import EncoderConfig, TeacherConfig
+from gep.models.config import CachedTeacherConfig, EncoderConfig
 from gep.models.encoder import EventEncoder
+from gep.models.sparse import mean_token
 from gep.models.teacher import FrozenVFM
 from gep.optim import OptimConfig
+from stage1_align.cache import answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ class Stage1Config:
     data: DataConfig = field(default_factory=DataConfig)
     represent: RepresentConfig = field(default_factory=RepresentConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher: CachedTeacherConfig = field(default_factory=CachedTeacherConfig)
     prompt: str = "a photo of a {}"
     """sentence that a class name is put into for zero-shot through an open_clip teacher's text tower"""
     loss: AlignLossConfig = field(default_factory=AlignLossConfig)
@@ -83,6 +86,8 @@ class Stage1Config:
                 f"train.accumulate={self.train.accumulate} caches features that encoder.drop_path="
                 f"{self.encoder.drop_path} would draw anew; set one of them off, or loss.contrastive=0"
             )
+        if self.teacher.cache:
+            check_cacheable(self.data)
         if self.prompt.count("{}") != 1:
             raise ValueError(f"prompt={self.prompt!r} must hold one {{}}, the place of the class name")
 
@@ -121,6 +126,8 @@ class Stage1Task(nn.Module):
         elif encoder.head is not None:
             # Without a gradient of its own it would make DDP wait for one.
             encoder.head.requires_grad_(False)
+        if encoder.empty is not None and not loss.regression:
+            encoder.empty.requires_grad_(False)
 
     def no_weight_decay(self) -> set[str]:
         return {"log_scale", "bias"} | {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
@@ -131,28 +138,34 @@ class Stage1Task(nn.Module):
         """Losses of one micro-batch.
 
         Args:
-            batch: `events` (B·T windows), `windows` T, `image` uint8 (B, 3, H, W).
+            batch: `events` (B·T windows), `windows` T, `image` uint8 (B, 3, H, W), with `crop_at` where the events are
+                crops of its view; or in place of both `teacher_tokens` and `teacher_pooled` of a cache.
             context: what `context` returned for this step; index: place of this micro-batch in it.
         Returns:
-            "loss" and the terms it is made of, scalars.
+            "loss" and the terms it is made of, scalars; of an encoder that leaves patches out, `regression` is that of
+            the encoded tokens and `empty`, of the same weight, that of the learned token in the others' place.
         """
         windows = batch["windows"]
         frames = frames_of(self.represent, batch["events"])
         tokens, _ = self.encoder(frames)
-        teacher_tokens, teacher_pooled = self.teacher.features(batch["image"])
+        real = self.encoder.real(frames)
+        teacher_tokens, teacher_pooled = answers(self.teacher, self.encoder, batch)
         target = teacher_tokens.repeat_interleave(windows, dim=0)
         if self.loss.normalise_target:
             target = layer_normalise(target)
         terms: dict[str, Tensor] = {}
         if self.loss.regression:
             weight = self._activity(batch["events"]) if self.loss.activity else None
-            terms["regression"] = regression(tokens, target, kind=self.loss.regression_kind, weight=weight)
+            if real is None:
+                terms["regression"] = regression(tokens, target, kind=self.loss.regression_kind, weight=weight)
+            else:
+                terms |= self._regressions(tokens, target, real, weight)
         if self.loss.similarity:
-            terms["similarity"] = similarity_structure(tokens, target)
-        weights = {name: getattr(self.loss, name) for name in terms}
+            terms["similarity"] = similarity_structure(tokens, target, real=real)
+        weights = {name: self.loss.regression if name == "empty" else getattr(self.loss, name) for name in terms}
         total = sum((weights[name] * value for name, value in terms.items()), torch.zeros((), device=tokens.device))
         if self.loss.contrastive:
-            event = self._pool(tokens, windows)
+            event = self._pool(tokens, windows, real)
             image = F.normalize(teacher_pooled.float(), dim=-1)
             terms["contrastive"], share = self._contrast(event, image, context, index)
             total = total + self.loss.contrastive * share
@@ -171,38 +184,61 @@ class Stage1Task(nn.Module):
             return None
         events, images = [], []
         for batch in micro_batches:
-            tokens, _ = self.encoder(frames_of(self.represent, batch["events"]))
-            events.append(gather(self._pool(tokens, batch["windows"])))
-            images.append(gather(F.normalize(self.teacher.features(batch["image"])[1].float(), dim=-1)))
+            frames = frames_of(self.represent, batch["events"])
+            tokens, _ = self.encoder(frames)
+            events.append(gather(self._pool(tokens, batch["windows"], self.encoder.real(frames))))
+            images.append(gather(F.normalize(answers(self.teacher, self.encoder, batch)[1].float(), dim=-1)))
         return {"events": events, "images": images}
 
     def features(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Evaluation's view of a batch, a row a sample: pooled features of both sides and token agreement."""
         windows = batch["windows"]
-        tokens, _ = self.encoder(frames_of(self.represent, batch["events"]))
-        teacher_tokens, teacher_pooled = self.teacher.features(batch["image"])
+        frames = frames_of(self.represent, batch["events"])
+        tokens, _ = self.encoder(frames)
+        real = self.encoder.real(frames)
+        teacher_tokens, teacher_pooled = answers(self.teacher, self.encoder, batch)
         target = layer_normalise(teacher_tokens) if self.loss.normalise_target else teacher_tokens
         per_sample = tokens.unflatten(0, (-1, windows)).float()
-        cosine = F.cosine_similarity(per_sample, target[:, None].float(), dim=-1).mean(dim=(1, 2))
+        cosine = _mean(F.cosine_similarity(per_sample, target[:, None].float(), dim=-1).flatten(0, 1), windows, real)
+        mean = _mean(tokens.float(), windows, real)
         rows = {
-            "event": F.normalize(self.encoder.embed(per_sample.mean(dim=(1, 2))), dim=-1),
+            "event": F.normalize(self.encoder.embed(mean), dim=-1),
             "image": F.normalize(teacher_pooled.float(), dim=-1),
             "token_cosine": cosine,
             "label": batch["label"],
         }
         vectors = self._class_vectors[0]
         if vectors is None:
-            logits = self.teacher.classify(per_sample.mean(dim=(1, 2)))
+            logits = self.teacher.classify(mean)
         else:
             logits = rows["event"] @ vectors.to(rows["event"]).T
         if logits is not None:
             rows["zero_shot"] = logits.argmax(dim=-1)
         return rows
 
-    def _pool(self, tokens: Tensor, windows: int) -> Tensor:
+    def _regressions(self, tokens: Tensor, target: Tensor, real: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+        """The regression of the encoded tokens, and that of the learned token where none was encoded.
+
+        Each is a mean over windows of the mean over a window's own tokens, so that micro-batches with other numbers of
+        tokens add up to the whole batch. The second is what trains the learned token, and moves nothing else of the
+        ViT but the final norm.
+        """
+        share = real.float() if weight is None else weight * real
+        rest = (~real).float()
+        return {
+            name: regression(
+                tokens,
+                target,
+                kind=self.loss.regression_kind,
+                weight=part / part.sum(dim=1, keepdim=True).clamp_min(1e-12),
+                denominator=float(len(tokens)),
+            )
+            for name, part in (("regression", share), ("empty", rest))
+        }
+
+    def _pool(self, tokens: Tensor, windows: int, real: Tensor | None) -> Tensor:
         """(B·T, N, D) tokens -> (B, P) unit features in the teacher's pooled space, one a sample."""
-        mean = tokens.unflatten(0, (-1, windows)).mean(dim=(1, 2))
-        return F.normalize(self.encoder.embed(mean).float(), dim=-1)
+        return F.normalize(self.encoder.embed(_mean(tokens, windows, real)).float(), dim=-1)
 
     def _contrast(
         self, event: Tensor, image: Tensor, context: dict[str, Any] | None, index: int
@@ -274,6 +310,15 @@ def candidates_ahead(queries: Tensor, candidates: Tensor, chunk: int = 1024) -> 
         own = similarity.diagonal(start)[:, None]
         counts.append((~(similarity < own)).sum(dim=1) - 1)
     return torch.cat(counts)
+
+
+def _mean(values: Tensor, windows: int, real: Tensor | None) -> Tensor:
+    """(B·T, N, …) values of tokens -> (B, …), the mean over the windows of each window's mean over its real tokens."""
+    if real is None:
+        return values.unflatten(0, (-1, windows)).mean(dim=(1, 2))
+    if values.ndim == 2:
+        return mean_token(values[..., None], real)[..., 0].unflatten(0, (-1, windows)).mean(dim=1)
+    return mean_token(values, real).unflatten(0, (-1, windows)).mean(dim=1)
 
 
 def _detached(values: dict[str, Tensor]) -> dict[str, Tensor]:

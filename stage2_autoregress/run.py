@@ -5,21 +5,21 @@ accelerate launch stage2_autoregress/run.py configs/stage2/nmnist.yaml model=run
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from torch import nn
 
 from gep import config
 from gep.checkpoint import prepare_run_dir
-from gep.data.build import batches_of, build, represent_of, roots, take_over
-from gep.data.image_stream import StillStream
-from gep.data.sequence import Sequences, collate_sequences
+from gep.data.build import batches_of, roots, take_over
+from gep.data.token_store import INDEX
 from gep.engine import fit, make_accelerator
 from gep.evaluate import collect
 from gep.export import WEIGHTS
 from gep.hub import GEPModel
+from stage2_autoregress.inputs import inputs_of
 from stage2_autoregress.task import Stage2Config, Stage2Task, evaluate_prediction
-from stage2_autoregress.tokens import FrozenTokens
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -29,34 +29,34 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = GEPModel.from_pretrained(cfg.model).to(accelerator.device)
     sequence = ("windows", "window_us", "num_events")
     data = take_over(cfg.data, model.input_settings, cfg.model, given=config.given(argv), free=sequence)
-    train_set, eval_set = build(data, paired=cfg.sequence.uses_images or cfg.loss.image > 0)
-    accelerator.print(f"train on {train_set.describe()}\nevaluate on {eval_set.describe()}")
-    if isinstance(train_set, StillStream):
-        raise ValueError("data.images.streaming=true: stage 2 addresses its samples by number; unset streaming")
     teacher = cfg.teacher.build(encoder_preset=model.preset, device=accelerator.device)
-    run_dir = prepare_run_dir(
-        cfg.run,
-        cfg,
-        may_differ=("run", "model", *roots(cfg.data)),
-        inputs={"model": f"{cfg.model}/{WEIGHTS}", "teacher.name": f"{teacher.spec.removeprefix('export:')}/{WEIGHTS}"},
-    )
+    sets = inputs_of(cfg, data, model, teacher)
+    accelerator.print(f"train on {sets.describe[0]}\nevaluate on {sets.describe[1]}")
+    inputs = {"model": f"{cfg.model}/{WEIGHTS}", "teacher.name": f"{teacher.spec.removeprefix('export:')}/{WEIGHTS}"}
+    if cfg.tokens:
+        inputs["tokens"] = f"{cfg.tokens}/{INDEX}"
+        del teacher  # was needed to know it; its memory is free from here on
+    run_dir = prepare_run_dir(cfg.run, cfg, may_differ=("run", "model", *roots(cfg.data)), inputs=inputs)
     backbone = cfg.backbone.build(model.encoder.embed_dim)
-    task = Stage2Task(backbone, FrozenTokens(model.encoder, teacher, represent_of(model.represent, data)), cfg.loss)
+    task = Stage2Task(backbone, sets.tokens, cfg.loss)
 
     def evaluate(_: nn.Module, step: int) -> dict[str, float]:
         rows = collect(
             task.evaluate,
-            Sequences(eval_set, cfg.sequence),
-            collate=collate_sequences,
+            sets.held,
+            collate=sets.collate,
             batch_size=max(1, cfg.train.batch_size // accelerator.num_processes),
             accelerator=accelerator,
         )
         return evaluate_prediction(rows)
 
+    # Tokens are read in place: a thread ahead does what worker processes would.
+    train, threads = cfg.train, cfg.train.threads or int(cfg.train.num_workers > 0)
+    reading = dataclasses.replace(train, num_workers=0, threads=threads) if cfg.tokens else train
     metrics = fit(
         task,
-        batches_of(Sequences(train_set, cfg.sequence), collate_sequences, cfg.train, data),
-        train=cfg.train,
+        batches_of(sets.train, sets.collate, reading, data),
+        train=train,
         optim=cfg.optim,
         accelerator=accelerator,
         run_dir=run_dir,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         model.backbone = backbone
         if not data.mix:
             model.input_settings.update({key: getattr(data, key) for key in model.input_settings})
-        model.save_pretrained(run_dir / "export", metrics=metrics, data={"train": train_set.describe()})
+        model.save_pretrained(run_dir / "export", metrics=metrics, data={"train": sets.describe[0]})
     accelerator.print({name: round(value, 4) for name, value in metrics.items()})
     return metrics
 

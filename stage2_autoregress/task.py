@@ -22,7 +22,7 @@ from gep.losses import info_nce, regression
 from gep.models.backbone import EVENT, Backbone
 from gep.models.config import BackboneConfig, TeacherConfig
 from gep.optim import OptimConfig
-from stage2_autoregress.tokens import FrozenTokens, TokenSequence, blind_frames
+from stage2_autoregress.tokens import FrozenTokens, PackedTokens, TokenSequence, blind_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,8 @@ class Stage2Config:
     """folder of this run: config, metrics, checkpoints, export"""
     model: str = "runs/stage1/export"
     """stage 1's export (a folder or a Hub id)"""
+    tokens: str = ""
+    """folder of tokens that stage2_autoregress/tokens.py packed; empty = encoded on the fly, every epoch anew"""
     data: DataConfig = field(default_factory=DataConfig)
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -90,7 +92,7 @@ class Stage2Config:
 
 
 class Stage2Task(nn.Module):
-    """The backbone and its objective; tokens come from the frozen encoder and image model.
+    """The backbone and its objective; tokens come from the frozen encoder and image model, now or when packed.
 
     Args:
         backbone: trained.
@@ -98,7 +100,7 @@ class Stage2Task(nn.Module):
         loss: terms and weights.
     """
 
-    def __init__(self, backbone: Backbone, tokens: FrozenTokens, loss: NextLossConfig):
+    def __init__(self, backbone: Backbone, tokens: FrozenTokens | PackedTokens, loss: NextLossConfig):
         super().__init__()
         self.backbone = backbone
         self.tokens = tokens
@@ -145,7 +147,10 @@ class Stage2Task(nn.Module):
             valid = batch["valid"]
             events = blind_frames(batch["modality"], valid).sum()
             follows = (valid[:, 1:] & valid[:, :-1]).sum()
-            if self.backbone.order == "token":
+            real = self.tokens.real(batch)
+            if real is not None:
+                follows = self._real_next(real, valid).sum() / real.shape[2]
+            elif self.backbone.order == "token":
                 num = math.prod(self.tokens.grid(batch))
                 follows = (valid.sum() * (num - 1) + follows) / num
             counts += torch.stack([follows, events]).float()
@@ -153,7 +158,10 @@ class Stage2Task(nn.Module):
         return counts
 
     def predict(self, sequence: TokenSequence) -> tuple[Any, Tensor, Tensor]:
-        """(backbone output, next tokens (B, F, N, D), bool mask (B, F, N)) of a batch of sequences."""
+        """(backbone output, next tokens (B, F, N, D), bool mask (B, F, N)) of a batch of sequences.
+
+        The mask leaves out targets that are no encoded patch; the learned token in their place is there to be read.
+        """
         following = self.backbone.next_targets(sequence.frames, sequence.valid, sequence.modality)
         output = self.backbone(
             sequence.frames,
@@ -164,18 +172,26 @@ class Stage2Task(nn.Module):
             valid=sequence.valid if sequence.padded else None,
             next_modality=following.modality,
         )
-        return output, following.tokens, following.mask
+        if sequence.real is None:
+            return output, following.tokens, following.mask
+        return output, following.tokens, self._real_next(sequence.real, sequence.valid)
+
+    def _real_next(self, real: Tensor, valid: Tensor) -> Tensor:
+        """(B, F, N) bool: a next token exists and is a real one."""
+        return self.backbone.next_targets(real[..., None].float(), valid).tokens[..., 0] > 0
 
     def _contrast(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """InfoNCE between predicted and true next frames (mean tokens) over batch and ranks.
 
         Only the last real transition of each sequence takes part, so that all candidates are of one modality
-        and every rank gives equally many.
+        and every rank gives equally many. Of the true frame the real tokens count; which those are the prediction
+        cannot know, so that all of its tokens do.
         """
         last = mask.any(dim=2).int().cumsum(dim=1).argmax(dim=1)
         rows = torch.arange(len(last), device=last.device)
         event = F.normalize(prediction[rows, last].float().mean(dim=1), dim=-1)
-        truth = F.normalize(target[rows, last].float().mean(dim=1), dim=-1)
+        seen = mask[rows, last][..., None]
+        truth = F.normalize(target[rows, last].float().masked_fill(~seen, 0.0).mean(dim=1), dim=-1)
         scale = torch.tensor(1 / self.loss.temperature, device=event.device)
         return info_nce(
             event,

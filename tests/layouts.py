@@ -68,6 +68,17 @@ def write_ncaltech101(
             write_bin(folder / f"image_{number:04d}.bin", random_events(10 * place + number, 500, 300_000, 180, 240))
 
 
+def write_caltech101(
+    root: Path, classes: tuple[str, ...] = ("chair", "ant", "BACKGROUND_Google"), each: int = 2
+) -> None:
+    """Caltech-101's pictures: number n of class k has 90 + n rows, 60 columns and the red value 40 k + 10 n."""
+    for place, name in enumerate(classes):
+        for number in range(1, each + 1):
+            photo = np.zeros((90 + number, 60, 3), np.uint8)
+            photo[..., 0] = 40 * place + 10 * number
+            save(root / "101_ObjectCategories" / name / f"image_{number:04d}.jpg", photo)
+
+
 def write_ncaltech101_est(root: Path, classes: tuple[str, ...] = ("chair", "ant"), each: int = 2) -> None:
     """EST's re-release."""
     for split in ("training", "validation", "testing"):

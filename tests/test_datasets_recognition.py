@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import layouts
 import numpy as np
 import pytest
 
+from gep.data.config import DataConfig
 from gep.data.describe import describe_path
 from gep.data.options import ListingOptions
+from gep.data.paired import Recordings
 from gep.data.registry import DATASETS, list_recordings, recognise
 from gep.events.types import Events
 
@@ -38,6 +41,63 @@ def test_ncaltech101_est(tmp_path: Path) -> None:
     found = listing.source(0).read()
     assert np.array_equal(found.x, wanted.x) and np.array_equal(found.p, wanted.p)
     assert np.abs(found.t - wanted.t).max() <= 1  # float32 seconds
+
+
+def test_ncaltech101_pictures(tmp_path: Path) -> None:
+    layouts.write_ncaltech101(tmp_path)
+    layouts.write_caltech101(tmp_path)
+    listing = list_recordings("ncaltech101", tmp_path, "all")
+    # Keys: BACKGROUND_Google 1 and 2 (written third), ant, chair (written first).
+    reds = [80 + 10, 80 + 20, 40 + 10, 40 + 20, 10, 20]
+    for index, (red, rows) in enumerate(zip(reds, [91, 92] * 3)):
+        picture = listing.image(index)
+        width = round(60 * 180 / rows)  # as high as the view, its own ratio of sides
+        assert picture.shape == (3, 180, 240)
+        assert abs(picture[0, :, : width - 1].astype(int) - red).max() <= 3, "JPEG"
+        assert (picture[:, :, width:] == 0).all()
+    again = pickle.loads(pickle.dumps(listing.subset([4], "part").image))
+    assert np.array_equal(again(0), listing.image(4))
+    view = again.view(0)
+    assert view == type(view).from_json(json.loads(json.dumps(view.to_json()))) and view.resized == (180, 119)
+    # Both on one canvas.
+    config = DataConfig(name="ncaltech101", fit="resize", height=90, width=120, windows=1, window_us=0)
+    sample = Recordings(listing, config, paired=True).sample(5, None)
+    assert sample["image"].shape == (3, 90, 120) and sample["events"][0].height == 90
+    (tmp_path / "101_ObjectCategories" / "ant" / "image_0002.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"image_0002\.jpg: not a readable picture"):
+        listing.image(3)
+    (tmp_path / "101_ObjectCategories" / "ant" / "image_0002.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 6 recordings have no picture.*ant/image_0002\.jpg"):
+        list_recordings("ncaltech101", tmp_path, "all")
+
+
+def test_ncaltech101_classes_in_the_root_are_those_with_recordings(tmp_path: Path) -> None:
+    layouts.write_ncaltech101(tmp_path)
+    layouts.write_caltech101(tmp_path)
+    for folder in (tmp_path / "Caltech101").iterdir():
+        folder.rename(tmp_path / folder.name)
+    (tmp_path / "Caltech101").rmdir()
+    listing = list_recordings("ncaltech101", tmp_path, "all")
+    assert listing.classes == ("BACKGROUND_Google", "ant", "chair") and listing.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert listing.keys[2] == "ant/image_0001.bin" and abs(int(listing.image(2)[0, 90, 50]) - 50) <= 3
+
+
+def test_ncaltech101_est_is_paired_by_a_table_alone(tmp_path: Path) -> None:
+    layouts.write_ncaltech101_est(tmp_path)
+    layouts.write_caltech101(tmp_path)
+    listing = list_recordings("ncaltech101", tmp_path, "test")
+    assert listing.image is None and "ant_0.npy does not say which one" in listing.describe()
+    lines = [f"testing/{name}/{name}_{number}.npy {name}/image_{2 - number:04d}.jpg" for name in ("ant", "chair")
+             for number in range(2)]  # fmt: skip
+    layouts.write_text(tmp_path / "images.txt", lines)
+    listing = list_recordings("ncaltech101", tmp_path, "test")
+    assert [int(listing.image(k)[0, 90, 50]) for k in range(4)] == pytest.approx([60, 50, 20, 10], abs=3)
+    layouts.write_text(tmp_path / "images.txt", lines[1:])
+    with pytest.raises(FileNotFoundError, match=r"testing/ant/ant_0\.npy; complete .*images\.txt"):
+        list_recordings("ncaltech101", tmp_path, "test")
+    layouts.write_text(tmp_path / "images.txt", ["testing/ant/ant_0.npy"])
+    with pytest.raises(ValueError, match=r"images\.txt: line 1"):
+        list_recordings("ncaltech101", tmp_path, "test")
 
 
 def test_nimagenet_variants(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gep.data.listing import Listing
 from gep.data.registry import list_recordings
 from gep.demo import report
 from gep.demo.digits import RESERVED, load_digits, rank_range, shown_in, training_digits
+from gep.demo.evrep import EvRepDemo, EvRepSize
 from gep.demo.pipeline import Demo, real_recordings
 from gep.demo.recordings import simulate_digits
 from gep.demo.scenes import METHODS
@@ -124,6 +126,14 @@ def test_report_is_one_file_with_the_numbers(tmp_path: Path) -> None:
         "segmentation": {method: {"miou": [31.25, 1.5], "acc": [80.0, 0.0]} for method in METHODS},
         "depth": {method: {"abs_rel": [0.25, 0.01], "rmse": [1.5, 0.1], "delta1": [0.7, 0.02]} for method in METHODS},
         "scenes": {"labelled": 25, "test": 150, "seeds": 3, "window_ms": 40.0},
+        "llm_evrep_details": {
+            reader: {
+                "tencode": {"accuracy": [8.5, 0.0], "each": [8.5], "sobel_error": [1.25, 0.0]},
+                "rgb": {"accuracy": [97.125, 0.0], "each": [97.125], "sobel_error": None},
+                "fidelity + semantic": {"accuracy": [96.5, 0.75], "each": [96.0, 97.0], "sobel_error": [0.1, 0.02]},
+            }
+            for reader in ("trained with", "second reader")
+        },
     }  # fmt: skip
     rng = np.random.default_rng(0)
     pictures = {
@@ -136,7 +146,10 @@ def test_report_is_one_file_with_the_numbers(tmp_path: Path) -> None:
         "true_mask": maps["scratch"], "true_depth": rng.uniform(1, 6, (2, 12, 12)),
         "segmentation": maps, "depth": {method: 1.0 + ids for method, ids in maps.items()},
     }  # fmt: skip
-    path = report.write(tmp_path, results, pictures, scenes, teacher_accuracy=98.7)
+    Image.new("RGB", (4, 4)).save(tmp_path / "gallery.png")
+    path = report.write(
+        tmp_path, results, pictures, scenes, (tmp_path / "gallery.png").read_bytes(), teacher_accuracy=98.7
+    )
     page = path.read_text()
     assert not re.search(r'(src|href)="(?!data:)', page) and page.count("data:image/png;base64,") == len(
         list((tmp_path / "pictures").glob("*.png"))
@@ -150,5 +163,20 @@ def test_report_is_one_file_with_the_numbers(tmp_path: Path) -> None:
         "copy the previous frame",
         "31.2 ± 1.5",
         "0.250 ± 0.010",
+        "96.5 ± 0.8",
+        "0.100 ± 0.020",
+        "over 2 generators",
     ):
         assert text in page
+
+
+def test_rows_of_the_readers_table_are_means_over_generators(tmp_path: Path) -> None:
+    demo = EvRepDemo(tmp_path, tmp_path, tmp_path, None, None, tmp_path, 8, EvRepSize(1, 1, 2), 0, None)
+    values = {"tencode": 10.0, "fidelity only 1": 90.0, "fidelity only 2": 10.0, "fidelity + semantic 1": 96.0}
+    found = {source: {"accuracy": value, "sobel_error": value / 100} for source, value in values.items()}
+    table = demo._by_row(found)
+    assert list(table) == ["tencode", "fidelity only", "fidelity + semantic"]
+    assert table["fidelity only"]["accuracy"][0] == 50 and table["fidelity only"]["each"] == [90.0, 10.0]
+    assert table["fidelity only"]["accuracy"][1] == pytest.approx(np.std([90, 10], ddof=1))
+    found["tencode"]["sobel_error"] = None
+    assert demo._by_row(found)["tencode"]["sobel_error"] is None

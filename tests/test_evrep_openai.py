@@ -201,8 +201,8 @@ def test_the_number_of_tries_is_bounded(server: ChatServer) -> None:
         ConnectionError, match=r"after 3 tries, the last: HTTP 503: all \[OPENAI_API_KEY\] busy x"
     ) as caught:
         reader_of(server, tries=3).describe(greys(1), "p")
-    assert len(server.seen) == 3 and len(str(caught.value)) < 500
-    assert server.url in str(caught.value)
+    assert len(server.seen) == 3 and len(str(caught.value)) < 600
+    assert server.url in str(caught.value) and "start the same command again" in str(caught.value)
 
 
 def test_no_server_at_all() -> None:
@@ -238,6 +238,8 @@ def test_one_fatal_request_ends_the_others_and_keeps_what_was_answered(server: C
     with pytest.raises(ValueError, match="HTTP 400"):
         reader_of(server, concurrency=2).describe(greys(50), "p", on_answer=lambda index, text: told.append(index))
     assert time.monotonic() - begin < 5.0 and len(server.seen) < 9
+    while server.in_flight:  # the client may have an answer before the server's thread notes that it was sent
+        time.sleep(0.01)
     assert len(told) == sum(seen.answered for seen in server.seen), "an answer that came is told even then"
 
 

@@ -162,6 +162,41 @@ def test_large_weights_are_told_apart_by_blocks(tmp_path, monkeypatch):
     assert fingerprint([tmp_path / "a.bin"]) != before
 
 
+def test_a_matrix_changed_anywhere_in_large_weights_is_seen(tmp_path):
+    file = tmp_path / "a.bin"
+    names = []
+    for start in (None, 1 << 19, 133_333_333, 299 << 20):  # a matrix of 1 MiB each, the rest as before
+        with file.open("wb") as stream:
+            stream.truncate(300 << 20)
+            if start is not None:
+                stream.seek(start)
+                stream.write(bytes([7]) * (1 << 20))
+        names.append(fingerprint([file]))
+    assert len(set(names)) == 4
+
+
+def test_classes_called_otherwise_are_another_reader(export, tmp_path):
+    import shutil
+
+    shutil.copytree(export[0], tmp_path / "export")
+    before = build_reader(f"tagger:{tmp_path / 'export'}")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    config["classes"] = config["classes"][::-1]
+    (tmp_path / "export" / "config.json").write_text(json.dumps(config))
+    after = build_reader(f"tagger:{tmp_path / 'export'}")
+    assert after.vocabulary == before.vocabulary[::-1] and after.name != before.name
+
+
+@pytest.mark.parametrize("setting, value", [("batch_size", 3), ("max_new_tokens", 5), ("concurrency", 2),
+                                            ("price_in", 1.0), ("requests_per_minute", 9.0)])  # fmt: skip
+def test_settings_that_a_reader_has_no_use_for_are_named(export, setting, value, recwarn):
+    with pytest.warns(UserWarning, match=rf"llm\.{setting} has no effect on tagger"):
+        build_reader(f"tagger:{export[0]}", **{setting: value})
+    recwarn.clear()
+    build_reader(f"tagger:{export[0]}", words=2, vocabulary=[])
+    assert not recwarn.list
+
+
 def test_tagger_errors_name_the_fault(export, images, tmp_path):
     folder, _ = export
     spec = f"tagger:{folder}"
@@ -247,6 +282,29 @@ def test_a_crash_loses_nothing_answered(tmp_path):
     assert sorted(inner.seen) == [1, 2]
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == 4 and {line["reader"] for line in lines} == {"counting:1"}
+
+
+def test_paid_answers_wait_for_the_disk_and_local_ones_do_not(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    reader = CachedReader(Counting(), Answers(tmp_path))
+    reader.describe(numbered(1, 2, 3), "see")
+    assert len(synced) == 3
+    local = Counting()
+    local.has_weights = True
+    CachedReader(local, Answers(tmp_path)).describe(numbered(4, 5), "see")
+    assert len(synced) == 3
+    # The process may die at once: what was said is in the file.
+    assert len(Answers(tmp_path, rank=1)) == 5
+
+
+def test_cached_answers_do_not_know_the_trainers_precision(tmp_path):
+    class Precise(Counting):
+        def describe(self, images, prompt, *, on_answer=None):
+            return [str(torch.is_autocast_enabled("cpu"))] * len(images)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert CachedReader(Precise(), Answers(tmp_path)).describe(numbered(1), "see") == ["False"]
 
 
 def test_answers_of_other_ranks_and_damaged_lines(tmp_path):

@@ -17,17 +17,14 @@ from torch import Tensor
 
 import downstream.llm_evrep.run as evrep
 from downstream.llm_evrep.config import EvRepConfig
-from downstream.llm_evrep.descriptions import describe_frames
 from downstream.llm_evrep.model import EvRep
-from downstream.llm_evrep.readers import Answers, CachedReader, build_reader
+from downstream.llm_evrep.readers import Answers, build_reader
 from downstream.llm_evrep.semantic import ScoreSemantic
 from downstream.llm_evrep.task import EvRepTask, judge, summarise
 from gep import config
 from gep.config import ConfigError
-from gep.data.bad import BadSample
 from gep.data.build import build
 from gep.data.config import DataConfig
-from gep.data.paired import Recordings
 from gep.demo.digits import Digits
 from gep.demo.recordings import simulate_digits
 from gep.events.represent import Histogram
@@ -204,6 +201,15 @@ def test_mistakes_are_named(root: Path, tmp_path: Path, override: str, error: ty
         evrep.main(arguments(root, tmp_path / "run", override))
 
 
+def test_a_run_is_not_resumed_with_a_reader_of_other_weights(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    evrep.main(arguments(root, run, "train.steps=1"))
+    assert (run / "reader.txt").read_text().startswith("tagger:")
+    (run / "reader.txt").write_text("tagger:another@0123\n")  # as a Hub id's commit, or a folder's files, may change
+    with pytest.raises(ValueError, match=r"begun with the reader 'tagger:another@0123'.*another run folder"):
+        evrep.main(arguments(root, run, "train.steps=1"))
+
+
 # ---- estimator=score --------------------------------------------------------------------------------
 
 SCORE = ("loss.estimator=score", "loss.score_samples=3", "loss.semantic_warmup=0", "train.log_every=1")
@@ -269,34 +275,6 @@ def test_readers_without_weights_are_asked_through_the_cache(
     )
     assert not shown
     assert losses(tmp_path / "again") == losses(tmp_path / "run")
-
-
-# ---- descriptions -----------------------------------------------------------------------------------
-
-
-def test_frames_are_described_once_unaugmented_and_bad_ones_left_out(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = config.load(EvRepConfig, arguments(root, tmp_path, "data.augment.flip_x=1")).data
-    source, _ = build(data, paired=True)
-    sample, bad = Recordings.sample, source.listing.keys[3]
-
-    def some_bad(self: Recordings, index: int, rng: np.random.Generator | None) -> dict:
-        assert rng is None
-        if self.listing.keys[index] == bad:
-            raise BadSample(bad, "damaged")
-        return sample(self, index, rng)
-
-    monkeypatch.setattr(Recordings, "sample", some_bad)
-    reader = build_reader(f"tagger:{root.parent / 'reader'}")
-    cached = CachedReader(reader, Answers(tmp_path / "answers"))
-    found = describe_frames(source, cached, "What is it?")
-    assert set(found) == set(source.listing.keys) - {bad} and len(set(found.values())) > 1
-    for index in (0, 7, 20):
-        frame = torch.from_numpy(source.sample(index, None)["image"])[None]
-        assert reader.describe(frame, "What is it?") == [found[source.listing.keys[index]]]
-    asked = cached.misses
-    assert describe_frames(source, cached, "What is it?") == found and cached.misses == asked
 
 
 # ---- processes and kills ----------------------------------------------------------------------------

@@ -314,8 +314,12 @@ def test_estimators_by_reader_and_the_way_out() -> None:
         LossConfig().resolve(None)
     with pytest.raises(ValueError, match=r"loss\.estimator=score"):
         LossConfig(estimator="soft").resolve(False)
-    with pytest.raises(ValueError, match=r"loss\.soft_form"):
-        LossConfig(soft_form="log").resolve(False)
+    for given in ({"soft_form": "log"}, {"soft_views": 0.5}, {"soft_text": "words"}):
+        for estimator in ("auto", "score"):
+            with pytest.raises(ValueError, match=rf"loss\.{next(iter(given))}"):
+                LossConfig(**given, estimator=estimator).resolve(False)
+    with pytest.warns(UserWarning, match=r"loss\.score_sigma=0\.1, loss\.score_budget=7 has no effect"):
+        assert LossConfig(score_sigma=0.1, score_budget=7).resolve(True) == "soft"
     for wrong, message in (
         ({"fidelity": 0.0, "estimator": "none"}, "nothing is left"),
         ({"fidelity": 0.0, "semantic_start": 3}, "semantic_start=3"),
@@ -335,6 +339,9 @@ def test_warm_up_is_linear_from_the_start_step() -> None:
     loss = LossConfig(semantic=2.0, semantic_start=3, semantic_warmup=4)
     assert [loss.semantic_weight(step) for step in range(9)] == [0, 0, 0, 0.5, 1, 1.5, 2, 2, 2]
     assert [LossConfig().semantic_weight(step) for step in (0, 5)] == [1, 1]
+    slow = LossConfig(fidelity=0.5, fidelity_warmup=4)
+    assert [slow.fidelity_weight(step) for step in (0, 1, 3, 9)] == [0.125, 0.25, 0.5, 0.5]
+    assert LossConfig().fidelity_weight(0) == 1
 
 
 def test_none_leaves_a_graph_and_no_gradient() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from downstream.llm_evrep.config import LossConfig
 from downstream.llm_evrep.fidelity import fidelity_loss
-from downstream.llm_evrep.semantic import NoSemantic
+from downstream.llm_evrep.readers.base import TokenScores
+from downstream.llm_evrep.semantic import NoSemantic, ScoreSemantic, SoftSemantic
 from downstream.llm_evrep.task import EvRepTask, judge, summarise
 
 
@@ -56,3 +59,24 @@ def test_judging_by_hand() -> None:
     summary = summarise(rows)
     assert summary["jaccard"] == pytest.approx(2.5 / 3) and summary["agreement"] == pytest.approx(200 / 3)
     assert set(judge(images, frames, [], [])) == {"sobel_error"}
+
+
+def test_the_reader_is_asked_in_its_own_precision() -> None:
+    class Precise:
+        name, has_weights = "precise", True
+
+        def token_log_probs(self, x: Tensor, texts: Sequence[str], prompt: str) -> list[TokenScores]:
+            assert not torch.is_autocast_enabled("cpu") and x.dtype == torch.float32
+            return [TokenScores([(0, 3)], -image.mean()[None]) for image in x]
+
+        def describe(self, x: Tensor, prompt: str, *, on_answer: object = None) -> list[str]:
+            assert not torch.is_autocast_enabled("cpu") and x.dtype == torch.float32
+            return ["dog"] * len(x)
+
+    images, texts, keys = torch.rand(2, 3, 4, 4), ["dog", "dog"], ["a", "b"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        soft = SoftSemantic(Precise(), "?").loss(images, texts, keys=keys, step=0)
+        score = ScoreSemantic(Precise(), "?").loss(images, texts, keys=keys, step=0)
+    p = (-images.mean(dim=(1, 2, 3))).exp()
+    assert soft["loss"].item() == pytest.approx(1 - (p / (2 - p)).mean().item(), rel=1e-5), "J = p / (1 + 1 - p)"
+    assert score["jaccard"] == 1

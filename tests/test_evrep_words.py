@@ -77,3 +77,8 @@ def test_jaccard_by_hand() -> None:
     a, b = words("a red dog on grass"), words("a brown dog in the grass")
     assert a == {"red", "dog", "grass"} and jaccard(a, b) == jaccard(b, a) == 2 / 4
     assert jaccard(a, a) == 1 and jaccard(a, frozenset()) == 0 and jaccard(frozenset(), frozenset()) == 1
+
+
+def test_every_number_is_a_word() -> None:
+    for number in "zero one two three four five six seven eight nine ten".split():
+        assert words(f"The digit in the image is {number}.") == {"digit", number}

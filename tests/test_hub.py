@@ -165,11 +165,11 @@ def test_push_to_hub_sends_the_same_folder(tmp_path, monkeypatch):
     model = make()
     model.save_pretrained(tmp_path / "events", metrics={"r1": 97.5})
     model.push_to_hub("someone/events")
-    for name in ("config.json", "model.safetensors", "README.md"):
+    for name in ("config.json", "model.safetensors"):
         assert sent[name] == (tmp_path / "events" / name).read_bytes()
     card = ModelCard(sent["README.md"].decode())
     assert card.data.license == "apache-2.0" and card.data.library_name == "gep" and "event-camera" in card.data.tags
-    assert "| r1 | 97.5 |" in card.text and "GEPModel.from_pretrained" in card.text
+    assert "| r1 | 97.5 |" in card.text and 'GEPModel.from_pretrained("someone/events")' in card.text
 
 
 def test_from_the_hub_and_without_it(tmp_path, monkeypatch):
@@ -208,8 +208,6 @@ def test_errors_name_the_fault(tmp_path):
         model.encode(EventBatch.from_windows([recording(size=36)] * 6), windows=4)
     with pytest.raises(ValueError, match="without `windows`"):
         model.encode(recording(), bounds=np.array([[0, 1]]), windows=2)
-    with pytest.raises(ValueError, match="model_card_kwargs"):
-        model.save_pretrained(tmp_path / "m", model_card_kwargs={"colour": "red"})
     model.save_pretrained(tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     config = json.loads(path.read_text())

@@ -14,7 +14,10 @@ PACKAGES = ("gep", "stage1_align", "stage2_autoregress", "downstream")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "gep": (),
     "gep.config": (),
-    "gep.export": (),
+    "gep.card": (),
+    "gep.export_schema": (),
+    "gep.export": ("gep.card",),
+    "gep.pretrained": ("gep.export", "gep.export_schema"),
     "gep.distributed": (),
     "gep.optim": (),
     "gep.logs": ("gep.distributed",),
@@ -22,7 +25,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gep.losses": ("gep.distributed",),
     "gep.events": ("gep.events",),
     "gep.models.layers": (),
-    "gep.models": ("gep.models", "gep.events.represent", "gep.export"),
+    "gep.models": ("gep.models", "gep.events.represent", "gep.export", "gep.export_schema", "gep.pretrained"),
     "gep.data": ("gep.data", "gep.events", "gep.distributed"),
     "gep.checkpoint": ("gep.config", "gep.distributed"),
     "gep.accelerator": ("gep.distributed", "gep.logs"),
@@ -35,9 +38,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "gep.accelerator",
     ),
     "gep.evaluate": ("gep.data", "gep.accelerator"),
-    "gep.hub": ("gep.hub", "gep.export", "gep.models", "gep.events", "gep.stream"),
+    "gep.hub": ("gep.export", "gep.export_schema", "gep.pretrained", "gep.models", "gep.events", "gep.stream"),
     "gep.stream": ("gep.events", "gep.models"),
     "gep.embed": ("gep.hub", "gep.stream", "gep.events"),
+    "gep.interop": ("gep.interop", "gep.hub", "gep.export", "gep.models", "gep.events"),
+    "gep.interop.command": ("gep.interop", "gep.hub", "gep.export", "downstream"),
     "gep.cli": ("gep", "stage1_align", "stage2_autoregress", "downstream"),
     "gep.demo": ("gep", "stage1_align", "stage2_autoregress", "downstream"),
     "gep.plan": ("gep", "stage1_align", "stage2_autoregress"),
@@ -45,7 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "stage2_autoregress": ("gep", "stage2_autoregress"),
     "downstream": ("gep", "downstream"),
 }
-ROOF = ("gep.cli", "gep.demo", "gep.plan")
+ROOF = ("gep.cli", "gep.demo", "gep.plan", "gep.interop.command")
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -56,6 +56,8 @@ class _Patch:
 class DenseFeatures(nn.Module):
     """Maps of the encoder at several depths, with the backbone's beside them or in their place where it is used.
 
+    They are whole where the encoder leaves patches out, too: its learned token stands there, at every depth.
+
     Level l is the encoder's map of the last window at depth l; with a backbone, which has read all windows up to
     it, its state at the same relative depth is concatenated, and at the deepest level the image it predicts too.
 
@@ -132,7 +134,7 @@ class DenseFeatures(nn.Module):
         Raises:
             ValueError: a backbone without t_us.
         """
-        frames, size = pad_to_multiple(frames, self.patch_size)
+        frames, size = pad_to_multiple(frames, self.patch_size, self.encoder.background)
         padded = (frames.shape[-2], frames.shape[-1])
         grid = self.encoder.grid(*padded)
         levels = self.encoder.intermediates(frames[:, -1], self.num_levels)
@@ -218,19 +220,20 @@ class HistogramFeatures(nn.Module):
         return FeatureMaps([level.float()], size, padded)
 
 
-def pad_to_multiple(frames: Tensor, patch: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """Zeros at the bottom and right up to multiples of the patch.
+def pad_to_multiple(frames: Tensor, patch: tuple[int, int], value: float = 0.0) -> tuple[Tensor, tuple[int, int]]:
+    """Rows and columns of one value at the bottom and right, up to multiples of the patch.
 
     Args:
         frames: (…, H, W).
         patch: (rows, columns) of a patch.
+        value: of the new pixels; what an encoder that leaves patches out takes for no events.
     Returns:
         (…, H', W'), and (H, W).
     """
     height, width = frames.shape[-2:]
     down, right = -height % patch[0], -width % patch[1]
     if down or right:
-        frames = F.pad(frames, (0, right, 0, down))
+        frames = F.pad(frames, (0, right, 0, down), value=value)
     return frames, (height, width)
 
 

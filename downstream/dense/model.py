@@ -14,6 +14,22 @@ from torch import Tensor, nn
 from downstream.dense.features import DenseFeatures, FeatureMaps, HistogramFeatures, features_from_config
 from downstream.dense.heads import build_head
 from gep import export
+from gep.export_schema import (
+    BACKBONE,
+    ENCODER,
+    INPUT,
+    RECORDED,
+    REPRESENTATION,
+    Check,
+    listed,
+    one_of,
+    optional,
+    plain_json,
+    record,
+    variants,
+    whole,
+)
+from gep.pretrained import Pretrained
 
 KIND = "dense"
 """`kind` of the folder that `save_pretrained` writes."""
@@ -31,7 +47,41 @@ output = model.predict_frames(frames, t_us)  # (B, T, C, H, W), (B, T) int64 µs
 """
 
 
-class DenseModel(nn.Module):
+_DENSE: dict[str, Check] = {
+    "name": one_of("dense"),
+    "representation": REPRESENTATION,
+    "encoder": ENCODER,
+    "backbone": optional(BACKBONE),
+    "num_levels": whole(1, 64),
+}
+_HISTOGRAM: dict[str, Check] = {
+    "name": one_of("histogram"),
+    "representation": REPRESENTATION,
+    "patch_size": listed(whole(1, 256), 2, 2),
+    "windows": whole(1, 4096),
+}
+_HEAD: dict[str, Check] = {
+    "name": one_of("linear", "upernet", "dpt"),
+    "out": whole(1, 65_536),
+    "width": whole(0, 4096),
+}
+_FIELDS: dict[str, Check] = {
+    "task_kind": one_of(*_KINDS),
+    "task": record({}, others=plain_json),
+    "input": INPUT,
+    "features": variants(
+        {
+            # Earlier exports have no encoder_maps.
+            "dense": record(_DENSE | {"encoder_maps": one_of(True, False)}, tuple(_DENSE)),
+            "histogram": record(_HISTOGRAM, tuple(_HISTOGRAM)),
+        }
+    ),
+    "head": record(_HEAD, tuple(_HEAD)),
+    **RECORDED,
+}
+
+
+class DenseModel(Pretrained):
     """Outputs at every pixel from the windows of a recording.
 
     Args:
@@ -43,6 +93,9 @@ class DenseModel(nn.Module):
         task: what the outputs mean (classes and palette, or the depth scale), plain JSON.
         data, metrics: of the training, for the record and the model card.
     """
+
+    export_kind = KIND
+    config_schema = record(_FIELDS, tuple(_FIELDS))
 
     def __init__(
         self,
@@ -65,8 +118,7 @@ class DenseModel(nn.Module):
         self.data, self.metrics = dict(data or {}), dict(metrics or {})
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> DenseModel:
-        """A randomly initialised model of `config` (the property, or an export's config.json)."""
+    def _build(cls, config: Mapping[str, Any]) -> DenseModel:
         features = features_from_config(config["features"])
         head = config["head"]
         return cls(
@@ -125,17 +177,9 @@ class DenseModel(nn.Module):
         *,
         metrics: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
+        name: str | None = None,
     ) -> Path:
-        """Write config.json, model.safetensors and README.md.
-
-        Args:
-            folder: written whole or not at all; an earlier export in it is replaced.
-            metrics, data: kept in the config and shown in the card; None = those the model has.
-        Returns:
-            The folder.
-        Raises:
-            See gep.export.save_folder.
-        """
+        """Write config.json, model.safetensors and README.md; see Pretrained.save_pretrained."""
         self.metrics = self.metrics if metrics is None else export.plain(metrics)
         self.data = self.data if data is None else export.plain(data)
         config = self.config
@@ -145,29 +189,6 @@ class DenseModel(nn.Module):
             config={key: value for key, value in config.items() if key not in ("metrics", "data")},
             data=self.data,
             metrics=self.metrics,
-            usage=_USAGE.format(name=Path(folder).name, out=self.head.config["out"]),
+            usage=_USAGE.format(name=name or Path(folder).name, out=self.head.config["out"]),
         )
         return export.save_folder(folder, kind=KIND, config=config, state=self.state_dict(), card=card)
-
-    @classmethod
-    def from_pretrained(
-        cls, name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
-    ) -> DenseModel:
-        """Load an export strictly, on the CPU and in evaluation mode.
-
-        Args:
-            name: folder, or id of a model on the Hugging Face Hub.
-            revision, local_files_only: of the Hub download.
-        Raises:
-            FileNotFoundError, ValueError: see gep.export.fetch and load_folder.
-        """
-        folder = export.fetch(name, revision=revision, local_files_only=local_files_only)
-        config, state = export.load_folder(folder, KIND)
-        try:
-            model = cls.from_config(config)
-        except (TypeError, KeyError) as error:
-            raise ValueError(
-                f"{folder / export.CONFIG} does not describe a DenseModel ({error}): export again"
-            ) from error
-        export.load_strict(model, state, source=str(folder))
-        return model.eval()

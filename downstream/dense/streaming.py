@@ -89,13 +89,14 @@ class Memory:
         frame, features = self._frame(events, bounds), self.model.features
         if not isinstance(features, DenseFeatures):
             return frame
-        return features.encoder(pad_to_multiple(frame, features.patch_size)[0][:, -1])[0].float()[:, None]
+        frame, _ = pad_to_multiple(frame, features.patch_size, features.encoder.background)
+        return features.encoder(frame[:, -1])[0].float()[:, None]
 
 
 def _streamed(features: DenseFeatures, frame: Tensor, before: list[Tensor], ends: Tensor) -> tuple[FeatureMaps, Tensor]:
     """`DenseFeatures.forward` with the tokens (1, 1, N, D) of earlier windows at hand; also gives the last one's."""
     assert features.backbone is not None
-    frame, size = pad_to_multiple(frame, features.patch_size)
+    frame, size = pad_to_multiple(frame, features.patch_size, features.encoder.background)
     padded = (frame.shape[-2], frame.shape[-1])
     grid = features.encoder.grid(*padded)
     levels = features.encoder.intermediates(frame[:, -1], features.num_levels)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from downstream.llm_evrep.prompts import said
 from gep.data.config import DataConfig
 from gep.engine import TrainConfig
 from gep.events.represent import RepresentConfig
@@ -56,6 +58,8 @@ class LossConfig:
     """optimiser steps before the semantic term begins: the first images are unreadable"""
     semantic_warmup: int = 0
     """optimiser steps over which its weight then grows linearly to λ"""
+    fidelity_warmup: int = 0
+    """optimiser steps over which γ grows linearly: edges leave an image's sign open and keep the first that they get"""
     soft_text: Literal["description", "words"] = "description"
     """soft: teacher-force the RGB frame's whole description, or its words alone, joined by commas"""
     soft_form: Literal["linear", "log"] = "linear"
@@ -70,13 +74,11 @@ class LossConfig:
     """score: most perturbed images that the reader is shown in a run, over all processes; 0 = no limit"""
 
     def __post_init__(self) -> None:
-        for name in ("semantic", "fidelity", "semantic_start", "semantic_warmup", "score_budget"):
+        for name in ("semantic", "fidelity", "semantic_start", "semantic_warmup", "fidelity_warmup", "score_budget"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name}={getattr(self, name)} is negative; give a value >= 0")
         if not 0 <= self.soft_views < 1:
             raise ValueError(f"loss.soft_views={self.soft_views} is not in [0, 1); 0.5 is a wide range already")
-        if self.soft_views and self.estimator == "score":
-            raise ValueError("loss.soft_views has no effect with loss.estimator=score, which perturbs images itself")
         if self.score_samples < 1:
             raise ValueError(f"loss.score_samples={self.score_samples} must be at least 1")
         if not self.score_sigma > 0:
@@ -92,8 +94,8 @@ class LossConfig:
                     f"loss.fidelity=0: the first loss.semantic_start={self.semantic_start} steps would learn nothing; "
                     "set one of them"
                 )
-        if self.soft_form == "log" and self.estimator == "score":
-            raise ValueError("loss.soft_form=log has no effect with loss.estimator=score, whose reward is the Jaccard")
+        if self.estimator == "score":
+            self._only_soft("set loss.estimator=soft (or auto)")
 
     def resolve(self, has_weights: bool | None) -> Estimator:
         """The estimator to use with a reader.
@@ -113,9 +115,27 @@ class LossConfig:
         estimator = self.estimator if self.estimator != "auto" else "soft" if has_weights else "score"
         if estimator == "soft" and not has_weights:
             raise ValueError("loss.estimator=soft needs a reader with weights; set loss.estimator=score (or auto)")
-        if estimator == "score" and self.soft_form == "log":
-            raise ValueError("loss.soft_form=log needs a reader with weights; leave it at linear")
+        if estimator == "score":
+            self._only_soft("take a reader with weights")
+        elif idle := self._given("score_"):
+            warnings.warn(f"{', '.join(idle)} has no effect with loss.estimator=soft: leave it out", stacklevel=2)
         return estimator
+
+    def _given(self, start: str) -> list[str]:
+        """The settings of one estimator that are not as they usually are."""
+        found = (f for f in fields(self) if f.name.startswith(start) and getattr(self, f.name) != f.default)
+        return [f"loss.{f.name}={getattr(self, f.name)}" for f in found]
+
+    def _only_soft(self, fix: str) -> None:
+        if idle := self._given("soft_"):
+            raise ValueError(
+                f"{', '.join(idle)} has no effect with loss.estimator=score, which asks about perturbed images and "
+                f"takes the Jaccard index of the answers; leave it out, or {fix}"
+            )
+
+    def fidelity_weight(self, step: int) -> float:
+        """γ at an optimiser step 0, 1, …: (step + 1) / fidelity_warmup of it, then whole."""
+        return self.fidelity * min(1.0, (step + 1) / max(1, self.fidelity_warmup))
 
     def semantic_weight(self, step: int) -> float:
         """λ at an optimiser step 0, 1, …: 0 before semantic_start, then (s + 1) / semantic_warmup of it, then whole."""
@@ -136,7 +156,7 @@ class ReaderConfig:
     words: int = 1
     """tagger: words it says of an image"""
     vocabulary: list[str] = field(default_factory=list)
-    """tagger with a text tower: the words it chooses from; empty = the data set's classes"""
+    """tagger with a text tower: the words it chooses from; empty = the names of the data set's classes"""
     prompt_template: str = "a photo of a {}"
     """tagger with a text tower: what the tower reads of a word, whose place is {}"""
     batch_size: int = 16
@@ -170,6 +190,11 @@ class ReaderConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"llm.{name}={getattr(self, name)} is negative; give a value >= 0")
 
+    @property
+    def chooses_classes(self) -> bool:
+        """Whether the reader says names of the data set's classes for want of a vocabulary of its own."""
+        return self.name.startswith("tagger:open_clip:") and not self.vocabulary
+
     def build(self, *, device: torch.device | str = "cpu", classes: Sequence[str] = ()) -> Reader:
         """The reader.
 
@@ -185,8 +210,9 @@ class ReaderConfig:
         if not self.name:
             raise ValueError("llm.name is empty: name a reader, e.g. llm.name=tagger:runs/demo/teacher/export")
         vocabulary = list(self.vocabulary)
-        if not vocabulary and self.name.startswith("tagger:open_clip:"):
-            vocabulary = [name.replace("_", " ") for name in classes]
+        if self.chooses_classes:
+            # ImageNet calls two classes by one name: it is one word.
+            vocabulary = list(dict.fromkeys(said(name) for name in classes))
         return build_reader(
             self.name,
             device=self.device or str(device),
@@ -228,6 +254,8 @@ class EvRepConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     llm: ReaderConfig = field(default_factory=ReaderConfig)
+    class_names: str = ""
+    """tagger that says classes: their names: empty = the data set's, imagenet = English, or a file with a line each"""
     cache: str = ""
     """folder of the reader's answers, which other runs may share; empty = answers/ in the run's folder"""
     eval_samples: int = 1000

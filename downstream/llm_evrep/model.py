@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from downstream.llm_evrep.generator import EvGen, frame_scale
 from downstream.llm_evrep.gep_init import GEPGenerator
@@ -20,6 +20,21 @@ from gep.events.frames import frames as frames_of
 from gep.events.prepare import INPUT_KEYS, windows_of
 from gep.events.represent import Representation
 from gep.events.types import EventBatch, Events
+from gep.export_schema import (
+    ENCODER,
+    INPUT,
+    RECORDED,
+    REPRESENTATION,
+    Check,
+    listed,
+    one_of,
+    real,
+    record,
+    text,
+    variants,
+    whole,
+)
+from gep.pretrained import Pretrained
 
 KIND = "llm_evrep"
 """`kind` of the folder that `save_pretrained` writes."""
@@ -36,7 +51,34 @@ to_pil_image(image[0]).save("image.png")
 """
 
 
-class EvRep(nn.Module):
+_WIDTH, _IN_CHANS = whole(8, 4096), whole(1, 4096)
+_UNET: dict[str, Check] = {
+    "name": one_of("unet"),
+    "in_chans": _IN_CHANS,
+    "widths": listed(_WIDTH, 1, 8),
+    "depths": listed(whole(0, 64), 1, 8),
+    "expand": listed(whole(1, 16), 1, 8),
+    "fused": whole(0, 8),
+    "decoder_depth": whole(1, 64),
+}
+_GEP: dict[str, Check] = {
+    "name": one_of("gep"),
+    "encoder": ENCODER,
+    "windows": whole(1, 4096),
+    "num_levels": whole(1, 64),
+    "widths": listed(_WIDTH, 3, 3),
+    "frame_scale": real(-1e6, 1e6),
+}
+_FIELDS: dict[str, Check] = {
+    "representation": REPRESENTATION,
+    "input": INPUT,
+    "generator": variants({"unet": record(_UNET, tuple(_UNET)), "gep": record(_GEP, tuple(_GEP))}),
+    "reader": text(),
+    **RECORDED,
+}
+
+
+class EvRep(Pretrained):
     """Images of events.
 
     Args:
@@ -48,6 +90,9 @@ class EvRep(nn.Module):
     Raises:
         ValueError: settings that are missing, or a generator for another number of channels.
     """
+
+    export_kind = KIND
+    config_schema = record(_FIELDS, tuple(_FIELDS))
 
     def __init__(
         self,
@@ -74,8 +119,7 @@ class EvRep(nn.Module):
         self.data, self.metrics = dict(data or {}), dict(metrics or {})
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> EvRep:
-        """A randomly initialised model of `config` (the property, or an export's config.json)."""
+    def _build(cls, config: Mapping[str, Any]) -> EvRep:
         return cls(
             representations.build(config["representation"]["name"], config["representation"]["params"]),
             generator_from_config(config["generator"]),
@@ -143,17 +187,9 @@ class EvRep(nn.Module):
         *,
         metrics: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
+        name: str | None = None,
     ) -> Path:
-        """Write config.json, model.safetensors and README.md.
-
-        Args:
-            folder: written whole or not at all; an earlier export in it is replaced.
-            metrics, data: kept in the config and shown in the card; None = those the model has.
-        Returns:
-            The folder.
-        Raises:
-            See gep.export.save_folder.
-        """
+        """Write config.json, model.safetensors and README.md; see Pretrained.save_pretrained."""
         self.metrics = self.metrics if metrics is None else export.plain(metrics)
         self.data = self.data if data is None else export.plain(data)
         config = self.config
@@ -163,30 +199,9 @@ class EvRep(nn.Module):
             config={key: value for key, value in config.items() if key not in ("metrics", "data")},
             data=self.data,
             metrics=self.metrics,
-            usage=_USAGE.format(name=Path(folder).name),
+            usage=_USAGE.format(name=name or Path(folder).name),
         )
         return export.save_folder(folder, kind=KIND, config=config, state=self.state_dict(), card=card)
-
-    @classmethod
-    def from_pretrained(
-        cls, name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
-    ) -> EvRep:
-        """Load an export strictly, on the CPU and in evaluation mode.
-
-        Args:
-            name: folder, or id of a model on the Hugging Face Hub.
-            revision, local_files_only: of the Hub download.
-        Raises:
-            FileNotFoundError, ValueError: see gep.export.fetch and load_folder.
-        """
-        folder = export.fetch(name, revision=revision, local_files_only=local_files_only)
-        config, state = export.load_folder(folder, KIND)
-        try:
-            model = cls.from_config(config)
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{folder / export.CONFIG} does not describe an EvRep ({error}): export again") from error
-        export.load_strict(model, state, source=str(folder))
-        return model.eval()
 
 
 def generator_from_config(config: Mapping[str, Any]) -> EvGen | GEPGenerator:

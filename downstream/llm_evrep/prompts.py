@@ -19,9 +19,15 @@ _REFUSAL = re.compile(
     r"\b(?:can\s?not|can['’]?t|couldn['’]?t|could not|unable to|impossible to|not (?:able|possible) to|don['’]?t know"
     r"|do not know|none of)\b"
 )
-_NEGATION = re.compile(r"(?:\b(?:not|neither|nor)|n['’]t)(?:\s+(?:an?|the))?\W*$")
-_THOUGHT = re.compile(r"^.*</think>", re.DOTALL)
+# Words that a negation reaches over; "it is not 3 it is 7" and "not 3 rather 7" say something new.
+_BETWEEN = r"(?:\s+(?:think|believe)(?:\s+(?:it|this|that)(?:\s+is|['’]s)?)?|\s+(?!(?:it|is|rather)\b)[^\W\d]+){0,3}"
+_NEGATION = re.compile(
+    rf"(?:(?:\b(?:not|neither|nor|without|rather than|instead of)|n['’]t){_BETWEEN}|\bno)[\s\"'“”‘’(\[*]*$"
+)
+_ALTERNATIVE = re.compile(r"^[\s\"'“”‘’)\]*,]*\b(?:or|nor)\b(?:\s+(?:an?|the))?[\s\"'“”‘’(\[*]*$")
+_THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)
 _TOKEN = re.compile(r"[^\W_]+")
+_REACH = 120  # characters before a mention in which a negation is looked for
 
 
 def classification_prompt(classes: Sequence[str], *, seed: int, template: str = TEMPLATE) -> str:
@@ -53,11 +59,14 @@ def parse_answer(text: str, classes: Sequence[str]) -> int:
     """The class that a free-form answer names, -1 where it names none or refuses.
 
     1. Compared are words: NFKC, lower case, underscores and punctuation as spaces; "zero" to "ten" are 0 to 10
-       (but not the "one" of "one of"), and a plural is its singular. Reasoning before "</think>" is left out.
+       (but not the "one" of "one of"), and a plural is its singular. Reasoning before "</think>", or behind a
+       "<think>" that was cut off, is left out.
     2. A class is mentioned by its whole name, or, where the name holds commas, by one of the parts between them.
-    3. Not counted is a mention behind "not (a)", "neither" or "nor", and one behind "cannot", "unable to", "do not
-       know", "none of" and the like in the same clause.
-    4. Of overlapping mentions the longest counts; of those that are left, the first in the text.
+    3. Not counted is a mention right behind "no", or behind "not", "neither", "nor", "without", "rather than" or
+       "instead of" with up to three words and no comma between ("does not look like a 3"), and what is joined to it by
+       "or" or "nor"; nor one behind "cannot", "unable to", "do not know", "none of" and the like in the same clause.
+    4. Of overlapping mentions the longest counts; of those that are left, the first in the text. The word "one" counts
+       where nothing else is mentioned: it rarely is a name ("this one is a 7").
     5. Of classes with equal names the first in the list is meant; a name as it is written wins over one that is equal
        to it in the singular only.
 
@@ -70,20 +79,34 @@ def parse_answer(text: str, classes: Sequence[str]) -> int:
     names, longest = _names(tuple(classes))
     text = unicodedata.normalize("NFKC", _THOUGHT.sub("", text)).lower().replace("_", " ")
     found: list[tuple[int, int, int]] = []  # (-words, first word, class)
+    weak: set[int] = set()  # first words of mentions that are the word "one"
     place = 0
     for clause in _clauses(text):
         tokens = list(_TOKEN.finditer(clause))
         words = [_number(tokens, i) for i in range(len(tokens))]
         refused = _REFUSAL.search(clause)
-        for i in range(len(words)):
-            if (refused and tokens[i].start() >= refused.start()) or _NEGATION.search(clause, 0, tokens[i].start()):
-                continue
+        denied = -1  # where the last mention ends that does not count
+        for i, token in enumerate(tokens):
+            if refused and token.start() >= refused.start():
+                break
+            own = []
             for length in range(min(longest, len(words) - i), 0, -1):
-                own = tuple(words[i : i + length])
-                label = names.get(own, names.get(_singular(own)))
+                name = tuple(words[i : i + length])
+                label = names.get(name, names.get(_singular(name)))
                 if label is not None:
-                    found.append((-length, place + i, label))
+                    own.append((-length, place + i, label))
+            if not own:
+                continue
+            joined = denied >= 0 and _ALTERNATIVE.search(clause[denied : token.start()])
+            if joined or _NEGATION.search(clause[max(0, token.start() - _REACH) : token.start()]):
+                denied = max(denied, tokens[i - own[0][0] - 1].end())
+                continue
+            found += own
+            if token.group() == "one" and own[0][0] == -1:
+                weak.add(place + i)
         place += len(words)
+    if any(start not in weak for _, start, _ in found):
+        found = [mention for mention in found if mention[1] not in weak]
     kept: list[tuple[int, int, int]] = []
     for length, start, label in sorted(found):
         if all(start >= other - more or start - length <= other for more, other, _ in kept):

@@ -12,9 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from downstream.dense.settings import input_settings
+from downstream.llm_evrep.class_names import class_names
 from downstream.llm_evrep.config import FREE_OF_READER, EvRepConfig
 from downstream.llm_evrep.descriptions import describe_frames
 from downstream.llm_evrep.generator import build_generator
@@ -22,8 +24,8 @@ from downstream.llm_evrep.gep_init import gep_generator
 from downstream.llm_evrep.model import EvRep
 from downstream.llm_evrep.readers import Answers, CachedReader
 from downstream.llm_evrep.task import EvRepTask, build_semantic, judge, summarise
-from gep import config, export
-from gep.checkpoint import prepare_run_dir
+from gep import config, distributed, export
+from gep.checkpoint import has_progress, prepare_run_dir
 from gep.data.build import batches_of, build, represent_of, roots, take_over
 from gep.data.config import DataConfig
 from gep.data.paired import collate
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     accelerator.print(f"train on {train_set.describe()}\nevaluate on {eval_set.describe()}")
     reader = cached = None
     if cfg.llm.name:
-        reader = cfg.llm.build(device=accelerator.device, classes=eval_set.listing.classes)
+        names = class_names(eval_set.listing.classes, cfg.class_names) if cfg.llm.chooses_classes else ()
+        reader = cfg.llm.build(device=accelerator.device, classes=names)
     estimator = cfg.loss.resolve(None if reader is None else reader.has_weights)
     run_dir = prepare_run_dir(
         cfg.run,
@@ -55,11 +58,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         may_differ=("run", "cache", "llm.device", "generator.model", *FREE_OF_READER, *roots(data)),
         inputs=weights_of(cfg),
     )
+    keep_reader(run_dir, "" if reader is None else reader.name)
     descriptions: dict[str, str] = {}
     if reader is not None:
         cached = CachedReader(reader, Answers(cfg.cache or run_dir / "answers", rank=accelerator.process_index))
         if estimator != "none":
-            descriptions = describe_frames(train_set, cached, cfg.llm.prompt, progress=cfg.train.progress)
+            workers = cfg.train.num_workers or cfg.train.threads
+            show = cfg.train.progress
+            descriptions = describe_frames(train_set, cached, cfg.llm.prompt, num_workers=workers, progress=show)
     # Answers of local weights cost less than keeping them; of others none may be asked twice.
     asked = reader if reader is None or reader.has_weights else cached
     semantic = build_semantic(estimator, cfg.loss, asked, cfg.llm.prompt, seed=cfg.train.seed)
@@ -77,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         images = task.model(batch)
         if asked is None:
             return judge(images, batch["image"], [], [])
-        answers = asked.describe(images, cfg.llm.prompt)
+        with torch.autocast(images.device.type, enabled=False):  # a reader has a precision of its own
+            answers = asked.describe(images, cfg.llm.prompt)
         return judge(images, batch["image"], answers, cached.describe(batch["image"], cfg.llm.prompt))
 
     count = min(len(eval_set), cfg.eval_samples or len(eval_set))
@@ -149,6 +156,27 @@ def weights_of(cfg: EvRepConfig) -> dict[str, Path]:
     if cfg.generator.init == "gep":
         files["generator.model"] = export.fetch(cfg.generator.model) / export.WEIGHTS
     return files
+
+
+def keep_reader(run_dir: Path, name: str) -> None:
+    """Note which reader a run is trained with, or check that it is still the one that it was begun with.
+
+    Raises:
+        ValueError: another one: weights behind the same llm.name may change.
+    """
+    note, problem = run_dir / "reader.txt", ""
+    if distributed.is_main():
+        before = note.read_text(encoding="utf-8").strip() if note.is_file() and has_progress(run_dir) else name
+        if before != name:
+            problem = (
+                f"{run_dir} was begun with the reader {before!r}, and llm.name now means {name!r}: going on would mix "
+                "the two. Put the old weights back, choose another run folder, or move this one away"
+            )
+        else:
+            note.write_text(name + "\n", encoding="utf-8")
+    problem = distributed.gather_objects(problem)[0]
+    if problem:
+        raise ValueError(problem)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ class SoftSemantic(nn.Module):
             return {"loss": images.sum() * 0, "jaccard": images.new_ones(())}
         said = [texts[i] for i in asked]
         seen = self._view(images, keys, step) if self.views else images
-        scores = self._reader[0].token_log_probs(seen[asked], said, self.prompt)
+        with torch.autocast(images.device.type, enabled=False):  # the reader's precision is its own, as it described
+            scores = self._reader[0].token_log_probs(seen[asked], said, self.prompt)
         log_p, rows = _all_words(scores, said)
         hit, count = _per_row(log_p.exp(), rows, len(asked)), _per_row(torch.ones_like(log_p), rows, len(asked))
         extra = count - hit
@@ -153,7 +154,6 @@ class SoftSemantic(nn.Module):
             "loss": losses.sum().to(images.device) / len(texts),
             "jaccard": (values.detach().sum().to(images.device) + idle) / len(texts),
         }
-
 
     def _view(self, images: Tensor, keys: Sequence[str], step: int) -> Tensor:
         """The images at random contrasts and brightnesses."""
@@ -209,7 +209,7 @@ class ScoreSemantic(nn.Module):
         if not self._afford(len(images) * self.samples * distributed.world_size(), step):
             return {"loss": images.sum() * 0, "baseline": expected.sum() * 0}
         noise = self._noise(images, keys, step)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             perturbed = (images[:, None] + self.sigma * noise).flatten(0, 1)
             answers = self._reader[0].describe(perturbed, self.prompt)
         wanted = [words(text) for text in texts for _ in range(self.samples)]

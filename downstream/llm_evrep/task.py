@@ -65,7 +65,7 @@ class EvRepTask(nn.Module):
         logged: dict[str, Tensor] = {}
         if self.loss.fidelity:
             logged["fidelity"] = fidelity_loss(images, as_float(batch["image"]))
-            total = total + self.loss.fidelity * logged["fidelity"]
+            total = total + self.loss.fidelity_weight(step) * logged["fidelity"]
         weight = self.loss.semantic_weight(step)
         if weight and not isinstance(self.semantic, NoSemantic):
             found = self.semantic.loss(images, self._texts(batch["key"]), keys=batch["key"], step=step)

@@ -23,7 +23,7 @@ STOP_WORDS = frozenset(
     during before after against within without toward towards across along around near off out up down as than like
     and or but nor so yet if then while because although though when where which who whom whose what how why
     i me my mine myself you your yours yourself he him his himself she her hers herself it its itself we us our ours
-    ourselves they them their theirs themselves one ones someone something there here
+    ourselves they them their theirs themselves ones someone something there here
     is are was were be been being am do does did doing done have has had having
     can could will would shall should may might must
     s t d ll m re ve also just only very too more most much many few

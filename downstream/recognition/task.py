@@ -114,6 +114,8 @@ class FinetuneTask(nn.Module):
         # The classifier does not read them; without a gradient they would make DDP wait for one.
         if self.encoder.head is not None:
             self.encoder.head.requires_grad_(False)
+        if self.encoder.empty is not None and self.backbone is None:
+            self.encoder.empty.requires_grad_(False)
         if self.backbone is not None:
             self.backbone.next_head.requires_grad_(False)
         self.feature: Feature = feature

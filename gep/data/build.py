@@ -57,13 +57,17 @@ def take_over(
 
 
 def build(
-    config: DataConfig, *, paired: bool
+    config: DataConfig, *, paired: bool, crops: bool = False
 ) -> tuple[Recordings | StillImages | StillStream | Mixed, Recordings | StillImages]:
     """(training, evaluation) sets of a config, disjoint. A mix is evaluated on its first source.
 
     A further source of the same set and folder holds the same samples back. That one holds the first one's recordings
     in another form (shards) is not noticed.
 
+    Args:
+        config: what to read.
+        paired: whether every sample must have its image.
+        crops: see `Recordings`.
     Raises:
         FileNotFoundError, ValueError: see `list_recordings`, `Recordings` and `StillImages`.
     """
@@ -72,11 +76,12 @@ def build(
     for name, source in config.sources().items():
         try:
             if not found:
-                found[name] = _build_one(source, paired=paired)
+                found[name] = _build_one(source, paired=paired, crops=crops)
             elif _place(source) == _place(first):
-                found[name] = _build_one(dataclasses.replace(source, holdout=first.holdout), paired=paired)
+                same = dataclasses.replace(source, holdout=first.holdout)
+                found[name] = _build_one(same, paired=paired, crops=crops)
             else:  # only the first source is evaluated on: nothing else is held back
-                found[name] = (_train_only(source, paired=paired), None)
+                found[name] = (_train_only(source, paired=paired, crops=crops), None)
         except (ValueError, OSError) as error:
             if not config.mix:
                 raise
@@ -123,7 +128,9 @@ def roots(data: DataConfig) -> tuple[str, ...]:
     return (*(f"data.{f}" for f in _PLACES), *(f"data.mix.{n}.{f}" for n in data.mix for f in _PLACES))
 
 
-def _build_one(config: DataConfig, *, paired: bool) -> tuple[Recordings | StillImages, Recordings | StillImages]:
+def _build_one(
+    config: DataConfig, *, paired: bool, crops: bool
+) -> tuple[Recordings | StillImages, Recordings | StillImages]:
     if config.name == "images":
         return StillImages.split(config, paired=paired)
     listing = list_recordings(config.name, config.root, config.train_split, config)
@@ -137,13 +144,15 @@ def _build_one(config: DataConfig, *, paired: bool) -> tuple[Recordings | StillI
             raise ValueError(
                 f"data: the {name} set is empty ({len(listing)} recordings, data.holdout={config.holdout})"
             )
-    return Recordings(train, config, paired=paired), Recordings(held, config, paired=paired)
+    settings = {"config": config, "paired": paired, "crops": crops}
+    return Recordings(train, **settings), Recordings(held, **settings)
 
 
-def _train_only(config: DataConfig, *, paired: bool) -> Recordings | StillImages | StillStream:
+def _train_only(config: DataConfig, *, paired: bool, crops: bool) -> Recordings | StillImages | StillStream:
     if config.name == "images":
         return StillImages.whole(config, paired=paired)
-    return Recordings(list_recordings(config.name, config.root, config.train_split, config), config, paired=paired)
+    listing = list_recordings(config.name, config.root, config.train_split, config)
+    return Recordings(listing, config, paired=paired, crops=crops)
 
 
 def _place(config: DataConfig) -> tuple[str, str, str]:

@@ -128,6 +128,16 @@ class DataConfig(SourceConfig):
             raise ValueError(
                 f"data.clip=true keeps runs of windows, data.pick={self.pick} draws single ones: unset one"
             )
+        crop = self.augment.grid_crop
+        if crop[0] > self.height or crop[1] > self.width:
+            raise ValueError(
+                f"data.augment.grid_crop={list(crop)} is larger than data.height={self.height} data.width={self.width}"
+            )
+        if len(crops := {tuple(entry.augment.grid_crop) for entry in self.mix.values()}) > 1:
+            raise ValueError(
+                f"data.mix.*.augment.grid_crop={sorted(map(list, crops))}: samples of one batch are of one size; give "
+                "all sources the same"
+            )
         if not 0 <= self.max_bad_fraction < 1:
             raise ValueError(f"data.max_bad_fraction={self.max_bad_fraction} is not in [0, 1)")
         if self.mix:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gep.data.caltech_images import NCALTECH_SENSOR, caltech_images
 from gep.data.layout import ImageFiles, first_folder, list_classes
 from gep.data.listing import Listing
 from gep.data.mnist_images import NMNIST_SENSOR, mnist_images
@@ -40,7 +41,8 @@ def nmnist(root: Path, split: str) -> Listing:
 def ncaltech101(root: Path, split: str) -> Listing:
     """N-Caltech101: `Caltech101/<class>/image_%04d.bin`, or EST's `{training,validation,testing}/<class>/*.npy`.
 
-    The original release has no official split: its split is "all"; hold a part out by `data.holdout`.
+    The original release has no official split: its split is "all"; hold a part out by `data.holdout`. Caltech-101's own
+    pictures are looked for in `101_ObjectCategories/` beside them, see `caltech_images`.
 
     Source: Orchard et al. 2015; EST: Gehrig et al. 2019.
     """
@@ -56,10 +58,13 @@ def ncaltech101(root: Path, split: str) -> Listing:
             f"N-Caltech101: no split {split!r} in {root}: the original release (Caltech101/<class>/*.bin) "
             f"has only 'all', EST's re-release ({', '.join(sorted(est.values()))}) has {sorted(est)}"
         )
-    keys, files, labels, classes = list_classes(folder, root, suffixes)
+    # In the root other folders may lie beside the classes, and one more class would move all labels.
+    own = sorted({path.parent.name for path in root.glob("*/*.bin")}) if folder == root else None
+    keys, files, labels, classes = list_classes(folder, root, suffixes, own)
     # The .bin release is of one camera; its largest recordings fill 180 × 240.
-    sensor = (180, 240) if suffixes == (".bin",) else None
-    return Listing("ncaltech101", split, keys, files, labels, classes, sensor, None)
+    sensor = NCALTECH_SENSOR if suffixes == (".bin",) else None
+    image, notes = caltech_images(root, keys, files)
+    return Listing("ncaltech101", split, keys, files, labels, classes, sensor, image, notes=notes)
 
 
 def nimagenet(root: Path, split: str) -> Listing:

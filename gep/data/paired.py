@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,13 @@ import torch
 
 from gep.data.bad import BadSample
 from gep.data.cache import cached_source
+from gep.data.clips import Clips
 from gep.data.config import DataConfig
 from gep.data.images import collate_stills
-from gep.data.listing import ImageSource, Listing
+from gep.data.listing import Listing
 from gep.data.sampler import Batch, LaneOf, Order, Sample
 from gep.data.shard_order import ShardOrder
+from gep.data.token_cache import TokenCache
 from gep.events import augment
 from gep.events.frames import Grouped
 from gep.events.io import EventSource
@@ -35,17 +36,31 @@ class Recordings:
         config: windows, canvas and augmentation.
         paired: whether every sample must have its image.
         targets: whether samples hold the listing's masks and depth maps.
+        crops: whether training samples may be crops on the token grid (`augment.grid_crop`) beside a whole image; they
+            then say in `crop_at` int64 (2,) which row and column of the whole image's tokens they begin at.
+
+    With `tokens` set (see `token_cache_fill.attach`), a sample holds `teacher_tokens` and `teacher_pooled` of its image
+    in place of the image, which is not decoded.
+
     Raises:
         ValueError: paired, and the set has no images; windows that no sample has the time for; or events that would
             stay in another view than what they are paired with.
     """
 
-    def __init__(self, listing: Listing, config: DataConfig, *, paired: bool, targets: bool = False):
+    def __init__(
+        self, listing: Listing, config: DataConfig, *, paired: bool, targets: bool = False, crops: bool = False
+    ):
+        if any(config.augment.grid_crop) and not crops:
+            raise ValueError(
+                f"data.augment.grid_crop={list(config.augment.grid_crop)} is stage 1's, where the teacher's tokens are "
+                "cropped alike; set it to [0, 0] here"
+            )
         if paired and listing.image is None:
             raise ValueError(
                 f"data.root: {listing.name} {listing.split} has no images to pair with its recordings; "
                 "put them beside the recordings (N-MNIST: train_images.npz or MNIST's train-images-idx3-ubyte; "
-                "N-ImageNet: imagenet_train/<synset>/<stem>.JPEG), or use a task that needs none"
+                "N-ImageNet: imagenet_train/<synset>/<stem>.JPEG; N-Caltech101: 101_ObjectCategories/), or use a task "
+                "that needs none"
             )
         if listing.rectify is not None and not config.rectify and (paired or (targets and listing.targets)):
             raise ValueError(
@@ -58,6 +73,7 @@ class Recordings:
         if len(kept) < len(listing):
             listing, self.limits = listing.subset(kept, listing.split), self.limits[kept]
         self.listing, self.config, self.paired, self.targets = listing, config, paired, targets
+        self.tokens: TokenCache | None = None
         self._cache: dict[int, Events] = {}
 
     def subset(self, indices: Sequence[int] | np.ndarray, split: str) -> Recordings:
@@ -65,6 +81,7 @@ class Recordings:
         part = copy.copy(self)
         indices = np.asarray(indices, np.int64)
         part.listing, part.limits, part._cache = self.listing.subset(indices, split), self.limits[indices], {}
+        part.tokens = None  # its rows are the whole's
         if self.clips is not None:
             part.clips = dataclasses.replace(self.clips, rows=self.clips.rows[indices])
         return part
@@ -91,13 +108,23 @@ class Recordings:
         sensor = (windows.events[0].height, windows.events[0].width)
         transform = self._transform(sensor, rng)
         windows = Windows(*transform.apply_events(windows.events, windows.bounds))
+        # Drawn last, so that it changes no other draw.
+        crop = None if rng is None else augment.draw_grid_crop(self.config.augment, rng, transform.size)
+        if crop is not None:
+            windows = Windows(*crop.apply_events(windows.events, windows.bounds))
         sample: Sample = {
             "key": listing.keys[index],
             "events": windows.events,
             "t_us": windows.bounds,
             "label": int(listing.labels[index]),
         }
-        if self.paired and listing.image is not None:
+        if self.tokens is not None:
+            flips, box = (transform.flip_x, transform.flip_y), None if crop is None else self._in_tokens(crop.crop)
+            tokens, pooled = self._read(lambda row: self.tokens.read(row, flips, box), index)
+            sample |= {"teacher_tokens": tokens, "teacher_pooled": pooled}
+        elif self.paired and listing.image is not None:
+            if crop is not None:
+                sample["crop_at"] = np.array(self._in_tokens(crop.crop)[:2], np.int64)
             if self.clips is None:
                 sample["image"] = transform.apply_image(self._read(listing.image, index))
             else:
@@ -107,6 +134,21 @@ class Recordings:
             apply = transform.apply_depth if name == "depth" else transform.apply_mask
             sample[name] = apply(self._read(target, index))
         return sample
+
+    def picture(self, index: int) -> np.ndarray:
+        """The image of a sample on the canvas, uint8 (3, H, W), without randomness; its events are not read.
+
+        Raises:
+            BadSample: it cannot be read.
+        """
+        assert self.listing.image is not None
+        image = self._read(self.listing.image, index)
+        return augment.fit(image.shape[1:], (self.config.height, self.config.width), self.config.fit).apply_image(image)
+
+    def _in_tokens(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        """(row, column, rows, columns) of a crop on the token grid, in patches."""
+        top, left, rows, columns = (side // self.config.augment.grid_px for side in box)
+        return top, left, rows, columns
 
     def _read(self, function: Callable[[int], Any], index: int) -> Any:
         """What belongs to a sample; damaged, it makes the sample a bad one as damaged events do."""
@@ -209,42 +251,6 @@ def rectified(events: Events, table: np.ndarray) -> Events:
     return Events(events.t[inside], x, y, events.p[inside], height, width)
 
 
-@dataclass(frozen=True, eq=False)
-class Clips:
-    """Runs of T consecutive images of one recording; each sample is the last of its run."""
-
-    rows: np.ndarray
-    """(N, T) samples of the listing, in time order."""
-    spans: np.ndarray
-    """(M, 2) µs, the listing's."""
-    image: ImageSource | None
-    """The listing's."""
-
-    @classmethod
-    def of(cls, listing: Listing, windows: int) -> Clips:
-        """All runs of a listing.
-
-        Raises:
-            ValueError: the set is no video (no spans that end at images), or no recording has T images.
-        """
-        if listing.spans is None or listing.anchor != "end" or not listing.files:
-            raise ValueError(f"data.clip=true needs a video set with images of known times; {listing.name} is none")
-        rows = np.arange(windows - 1, len(listing))[:, None] - np.arange(windows)[::-1]
-        files = np.array([str(file) for file in listing.files])
-        good = (files[rows[:, :1]] == files[rows]).all(axis=1)
-        good &= (np.diff(listing.spans[rows, 1], axis=1) > 0).all(axis=1)
-        if not good.any():
-            raise ValueError(
-                f"data.windows={windows}: no recording of {listing.name} {listing.split} has so many images"
-            )
-        return cls(rows[good], listing.spans, listing.image)
-
-    def images(self, index: int) -> list[np.ndarray]:
-        """T images uint8 (3, H, W) in the sensor's view."""
-        assert self.image is not None
-        return [self.image(int(row)) for row in self.rows[index]]
-
-
 def _with_past(listing: Listing, config: DataConfig) -> np.ndarray:
     """The samples whose windows begin within their recording; others would have empty windows."""
     everything = np.arange(len(listing))
@@ -298,9 +304,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
         "t_us": torch.from_numpy(np.stack([sample["t_us"] for sample in samples])),
         "label": torch.tensor([sample["label"] for sample in samples]),
     }
-    for name in ("image", "mask", "depth"):
+    for name in ("image", "mask", "depth", "crop_at"):
         if all(name in sample for sample in samples):
             batch[name] = torch.from_numpy(np.stack([sample[name] for sample in samples]))
+    for name in ("teacher_tokens", "teacher_pooled"):
+        if name in samples[0]:
+            batch[name] = torch.stack([sample[name] for sample in samples])
     return batch
 
 

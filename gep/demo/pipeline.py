@@ -23,6 +23,9 @@ from gep.data.registry import list_recordings
 from gep.data.sampler import Batches
 from gep.demo import evaluation, report
 from gep.demo.digits import Digits, training_digits
+from gep.demo.evrep import FAST as FAST_EVREP
+from gep.demo.evrep import FULL as FULL_EVREP
+from gep.demo.evrep import EvRepDemo, EvRepSize
 from gep.demo.recordings import simulate_digits
 from gep.demo.scenes import FAST as FAST_SCENES
 from gep.demo.scenes import FULL as FULL_SCENES
@@ -45,13 +48,14 @@ class Size:
     scratch_draws: int
     num_test: int
     scenes: SceneSize
+    evrep: EvRepSize
 
 
-FULL = Size(1100, 2, 600, 360, 30, 2, 800, FULL_SCENES)
-FAST = Size(200, 1, 120, 50, 8, 2, 300, FAST_SCENES)
+FULL = Size(1100, 2, 600, 360, 30, 2, 800, FULL_SCENES, FULL_EVREP)
+FAST = Size(200, 1, 120, 50, 8, 2, 300, FAST_SCENES, FAST_EVREP)
 
 
-_PARTS = ("teacher", "data", "stage1", "stage2", "scratch", "scenes")
+_PARTS = ("teacher", "data", "stage1", "stage2", "scratch", "scenes", "llm_evrep")
 _MARKER = ".gep-demo"
 _HELD_OUT = 240  # simulated recordings of unseen digits on which both stages report their own metrics
 
@@ -115,6 +119,18 @@ class Demo:
             seed=self.seed,
             timed=self._timed,
         )
+        evrep = EvRepDemo(
+            self.out / "llm_evrep",
+            data,
+            teacher,
+            train,
+            listing,
+            self.nmnist if recordings else data,
+            self.size.num_test,
+            self.size.evrep,
+            self.seed,
+            self._timed,
+        ).run()
         scenes = SceneDemo(self.out / "scenes", teacher, self.size.scenes, self.seed, self._timed).run()
         results = {
             "recognition": {
@@ -129,12 +145,20 @@ class Demo:
             "stage2": {
                 name: stage2[f"eval/{name}"] for name in ("loss", "copy_previous", "mean_token", "predicted_image_r1")
             },
+            **evrep.tables,
             **scenes.tables,
             "seconds": self.seconds,
         }
         write_json(self.out / "results.json", results)
         with self._timed("report"):
-            report.write(self.out, results, found.pictures, scenes.pictures, teacher_accuracy=self._teacher_accuracy)
+            report.write(
+                self.out,
+                results,
+                found.pictures,
+                scenes.pictures,
+                evrep.gallery,
+                teacher_accuracy=self._teacher_accuracy,
+            )
         write_json(self.out / "results.json", results)
         return results
 

@@ -39,6 +39,7 @@ def write(
     results: Mapping[str, Any],
     pictures: Mapping[str, Any],
     scenes: Mapping[str, Any],
+    gallery: bytes,
     *,
     teacher_accuracy: float,
 ) -> Path:
@@ -49,11 +50,12 @@ def write(
         results: what results.json holds.
         pictures: arrays of `evaluation.Found`.
         scenes: arrays of `scenes.Found`.
+        gallery: PNG of `evrep.Found`.
         teacher_accuracy: of the stand-in on unseen digits, percent.
     Returns:
         The report's path.
     """
-    drawn = draw(folder, results, pictures) | draw_scenes(scenes)
+    drawn = draw(folder, results, pictures) | draw_scenes(scenes) | {"llm_evrep": gallery}
     (folder / "pictures").mkdir(exist_ok=True)
     for name, data in drawn.items():
         (folder / "pictures" / f"{name}.png").write_bytes(data)
@@ -160,7 +162,7 @@ def _page(results: Mapping[str, Any], drawn: Mapping[str, bytes], teacher_accura
             "a green frame is the image that the recording shows.</p>",
             picture["retrieval"],
         ]
-    parts += _scene_parts(results, picture)
+    parts += _scene_parts(results, picture) + _evrep_parts(results, picture)
     parts += [
         "<h2>Both stages</h2>",
         f"<p>Stage 1 on held-out simulated pairs: event → image R@1 {stage1['r1']:.1f}%, R@5 {stage1['r5']:.1f}%, "
@@ -206,6 +208,29 @@ def _scene_parts(results: Mapping[str, Any], picture: Mapping[str, str]) -> list
         _table(head, rows),
         f'<div class="wide">{picture["segmentation"]}</div>',
         f'<div class="wide">{picture["depth"]}</div>',
+    ]
+
+
+def _evrep_parts(results: Mapping[str, Any], picture: Mapping[str, str]) -> list[str]:
+    trained, second = results["llm_evrep_details"].values()
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        if len(row["each"]) == 1:
+            return [f"{row['accuracy'][0]:.1f}", "–" if row["sobel_error"] is None else f"{row['sobel_error'][0]:.3f}"]
+        return [_accuracy(row["accuracy"]), _accuracy(row["sobel_error"], 3)]
+
+    rows = [[source, *cells(row)[:1], *cells(second[source])] for source, row in trained.items()]
+    head = ["source of the image", "reader it was trained with, %", "another reader, %", "error of the edges"]
+    seeds = max(len(row["each"]) for row in trained.values())
+    return [
+        "<h2>Images that a frozen model can read</h2>",
+        "<p>LLM-EvRep turns events into an image for a frozen reader. The reader here is the stand-in image model, "
+        "which names the digit; the second reader, trained from other weights, took no part. Generators learned from "
+        "simulated recordings and their pictures without a label: to have the picture's edges, which say nothing of an "
+        "image's level and sign, or to be read as the picture is, too. Accuracy in %, mean ± standard deviation over "
+        f"{seeds} generators, which the pictures show one by one.</p>",
+        _table(head, rows),
+        f'<div class="wide">{picture["llm_evrep"]}</div>',
     ]
 
 

@@ -10,9 +10,11 @@ import numpy as np
 
 from gep.events.transform import Transform, centred
 
-__all__ = ["AugmentConfig", "Transform", "draw", "fit"]
+__all__ = ["OFF_GRID", "AugmentConfig", "Transform", "draw", "draw_grid_crop", "fit"]
 
 Size = tuple[int, int]
+OFF_GRID = ("crop_area_min", "crop_aspect_max", "max_shift_px", "max_rotation_deg", "max_scale")
+"""What moves pixels to places that are no whole patches away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,11 @@ class AugmentConfig:
     """Largest length of that interval, fraction of the sample's span."""
     max_noise: float = 0.0
     """Largest number of uniform noise events added, fraction of a window's events."""
+    grid_crop: tuple[int, int] = (0, 0)
+    """Stage 1: (height, width) of a random crop of the canvas, whole patches, px; (0, 0) = none. The teacher sees the
+    whole picture, and its tokens are cropped alike."""
+    grid_px: int = 14
+    """The encoder's patch, on whose multiples that crop lies, px."""
 
     def __post_init__(self) -> None:
         for name in ("flip_x", "flip_y", "flip_polarity", "reverse_time", "max_event_drop", "area_drop",
@@ -62,6 +69,14 @@ class AugmentConfig:
             raise ValueError(f"crop_area_min = {self.crop_area_min} must be in (0, 1]; 1 turns it off")
         if not self.crop_aspect_max >= 1:
             raise ValueError(f"crop_aspect_max = {self.crop_aspect_max} must be at least 1; 1 turns it off")
+        if self.grid_px < 1:
+            raise ValueError(f"grid_px = {self.grid_px} must be at least 1: it is the encoder's patch")
+        rows, columns = self.grid_crop
+        if min(rows, columns) < 0 or bool(rows) != bool(columns) or rows % self.grid_px or columns % self.grid_px:
+            raise ValueError(
+                f"grid_crop = {list(self.grid_crop)} must be two multiples of grid_px = {self.grid_px}, the encoder's "
+                "patch; [0, 0] turns it off"
+            )
 
 
 def draw(
@@ -124,6 +139,22 @@ def draw(
         noise=float(u[21]) * cfg.max_noise,
         seed=seed,
     )
+
+
+def draw_grid_crop(cfg: AugmentConfig, rng: np.random.Generator, canvas: Size) -> Transform | None:
+    """Draws the crop of a canvas whose edges lie between patches; None without `grid_crop`.
+
+    Args:
+        cfg: size of the crop and of a patch.
+        rng: where from; nothing is drawn where there is no crop.
+        canvas: (height, width) of what is cropped, at least as large as the crop.
+    """
+    rows, columns = cfg.grid_crop
+    if not rows:
+        return None
+    spare = ((canvas[0] - rows) // cfg.grid_px, (canvas[1] - columns) // cfg.grid_px)
+    top, left = (cfg.grid_px * int(rng.integers(count + 1)) for count in spare)
+    return Transform(source=canvas, crop=(top, left, rows, columns), size=(rows, columns))
 
 
 def fit(source: Size, size: Size, how: str) -> Transform:

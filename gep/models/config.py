@@ -10,6 +10,7 @@ import torch
 from gep.models.backbone import Backbone, backbone_preset
 from gep.models.encoder import EventEncoder
 from gep.models.presets import preset
+from gep.models.sparse import check_keep
 from gep.models.teacher import FrozenVFM
 
 
@@ -51,6 +52,16 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CachedTeacherConfig(TeacherConfig):
+    """The frozen image model, asked once about every picture."""
+
+    cache: str = ""
+    """folder in which the model's tokens of all pictures are kept, written before the first step; empty = none"""
+    cache_dtype: Literal["bf16", "fp32"] = "bf16"
+    """numbers in the cache: bf16 takes half the room of fp32, which rounds nothing"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     """The event encoder that stage 1 trains."""
 
@@ -64,14 +75,22 @@ class EncoderConfig:
     """hidden width of the head into the teacher's pooled space; 0 = one linear layer"""
     drop_path: float = 0.0
     """stochastic depth rate of the last block"""
+    keep: float | int | str = 1.0
+    """share of the patches that is encoded, the most active first; "active" = all that hold events; 1 = dense"""
 
-    def build(self, *, in_chans: int, size: tuple[int, int], head_dim: int | None) -> EventEncoder:
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    def build(
+        self, *, in_chans: int, size: tuple[int, int], head_dim: int | None, background: float = 0.0
+    ) -> EventEncoder:
         """A randomly initialised encoder.
 
         Args:
             in_chans: channels of the representation.
             size: (height, width) of the input.
             head_dim: width of the teacher's pooled space; None = no head.
+            background: what the representation gives a pixel without events; read only where `keep` is not 1.
         """
         return EventEncoder(
             arch=self.arch or preset(self.preset).arch,
@@ -80,6 +99,8 @@ class EncoderConfig:
             head_dim=head_dim,
             head_hidden=self.head_hidden,
             drop_path=self.drop_path,
+            keep=self.keep,
+            background=background if check_keep(self.keep) != 1.0 else 0.0,
         )
 
 

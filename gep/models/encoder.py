@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,7 +11,17 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from gep.models.vit import build_vit, spread_depths, vit_grid, vit_intermediates, vit_tokens
+from gep.models.sparse import Kept, check_keep, choose, fill, mean_token, patch_activity, real_map
+from gep.models.vit import (
+    build_vit,
+    check_kept,
+    final_norm,
+    spread_depths,
+    vit_grid,
+    vit_intermediates,
+    vit_kept_tokens,
+    vit_tokens,
+)
 
 _FIRST_CONVS = ("patch_embed.proj.weight", "patch_embed.conv1.weight")
 
@@ -54,6 +65,11 @@ class HasVisual(Protocol):
 class EventEncoder(nn.Module):
     """ViT from represented events (or an image) to patch tokens in the teacher's space.
 
+    With `keep` below 1 only the most active patches are encoded: their pixels are embedded, the blocks run on the
+    short sequence (with all class and register tokens), and its tokens are put back. Every place that was left out
+    gets one learned token, `empty`, which passes the final norm as all tokens do; at inner depths too, so that maps
+    are complete everywhere. `real` tells which tokens were encoded, and `pooled` is the mean of those alone.
+
     Args:
         arch: "nano" (96 wide, 4 layers, convolutional stem, patch 6) or a timm ViT name.
         in_chans: channels C of the representation.
@@ -62,6 +78,11 @@ class EventEncoder(nn.Module):
         head_hidden: hidden width of that head, 0 = one linear layer.
         mean, std: per-channel normalisation of the input, applied first; None = none.
         drop_path: stochastic depth rate of the last block in training.
+        keep: share of the patches that is encoded, in (0, 1], the most active first; "active" = all with events;
+            1 = dense.
+        background: what the representation gives a pixel without events; activity is the distance from it.
+    Raises:
+        ValueError: values that do not fit together, or a ViT that cannot leave patches out.
     """
 
     def __init__(
@@ -74,6 +95,8 @@ class EventEncoder(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         drop_path: float = 0.0,
+        keep: float | str = 1.0,
+        background: float = 0.0,
     ) -> None:
         super().__init__()
         img_size = (int(img_size[0]), int(img_size[1]))
@@ -91,7 +114,11 @@ class EventEncoder(nn.Module):
             "mean": mean,
             "std": std,
             "drop_path": drop_path,
+            "keep": check_keep(keep),
+            "background": float(background),
         }
+        self.keep: float | str = self.config["keep"]
+        self.background: float = self.config["background"]
         self.vit = build_vit(arch, in_chans, img_size, drop_path)
         self.in_chans = in_chans
         self.embed_dim: int = self.vit.embed_dim
@@ -104,6 +131,10 @@ class EventEncoder(nn.Module):
             self.register_buffer(f"_{key}", tensor, persistent=False)
         self._normalise = mean is not None or std is not None
         self.head = _head(self.embed_dim, head_dim, head_hidden)
+        self.empty: nn.Parameter | None = None
+        if self.is_sparse:
+            check_kept(self.vit, arch)
+            self.empty = nn.Parameter(nn.init.trunc_normal_(torch.empty(self.embed_dim), std=0.02))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode a batch.
@@ -112,10 +143,42 @@ class EventEncoder(nn.Module):
             x: (B, C, H, W) float, H and W multiples of the patch.
         Returns:
             tokens: (B, N, D) after the final norm, raster order, without class and register tokens.
-            pooled: (B, D) mean of the tokens.
+            pooled: (B, D) mean of the tokens that `real` calls real.
         """
+        if self.is_sparse:
+            kept = self._kept(x)
+            (tokens,) = self._filled(x, kept, [self.num_layers])
+            return tokens, mean_token(tokens, real_map(kept, tokens.shape[1]))
         _, tokens = vit_tokens(self.vit, self._normalised(x))
         return tokens, tokens.mean(1)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether some patches are left out."""
+        return self.keep != 1.0
+
+    def real(self, x: Tensor) -> Tensor | None:
+        """Which tokens of `forward(x)` are encoded patches, and not the learned token of those left out.
+
+        It follows from the input alone, at a small part of the cost of encoding it.
+
+        Args:
+            x: (B, C, H, W) as `forward` takes it.
+        Returns:
+            (B, N) bool with at least one True a row; None = all are, and no mask is needed.
+        """
+        return real_map(self._kept(x), math.prod(self.grid(*x.shape[-2:]))) if self.is_sparse else None
+
+    def _kept(self, x: Tensor) -> Kept:
+        self.grid(*x.shape[-2:])
+        return choose(patch_activity(x, self.patch_size, self.background), self.keep, self.num_prefix)
+
+    def _filled(self, x: Tensor, kept: Kept, depths: Sequence[int]) -> list[Tensor]:
+        """(B, N, D) whole maps at some depths."""
+        states = vit_kept_tokens(self.vit, self._normalised(x), kept.index, kept.real, depths)
+        empty = final_norm(self.vit)(self.empty)
+        num = math.prod(self.grid(*x.shape[-2:]))
+        return [fill(state, kept, empty, num) for state in states]
 
     def intermediates(self, x: Tensor, num: int) -> list[Tensor]:
         """Patch tokens at several depths, spread evenly over the blocks, each through the final norm.
@@ -130,13 +193,16 @@ class EventEncoder(nn.Module):
         """
         if not 1 <= num <= self.num_layers:
             raise ValueError(f"{num} depths of an encoder with {self.num_layers} blocks: give 1 … {self.num_layers}")
-        return vit_intermediates(self.vit, self._normalised(x), spread_depths(self.num_layers, num))
+        depths = spread_depths(self.num_layers, num)
+        if self.is_sparse:
+            return self._filled(x, self._kept(x), depths)
+        return vit_intermediates(self.vit, self._normalised(x), depths)
 
     def embed(self, x: Tensor) -> Tensor:
         """The vector that is compared with the teacher's pooled one.
 
         Args:
-            x: (B, C, H, W) input, (B, N, D) tokens or (B, D) pooled tokens.
+            x: (B, C, H, W) input, (B, N, D) tokens, all of them real, or (B, D) pooled tokens.
         Returns:
             (B, P), not normalised; P = D without a head.
         """

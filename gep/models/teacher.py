@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,21 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gep import export
+from gep.export_schema import CLASSES, ENCODER, RECORDED, record
 from gep.models import teacher_clip, teacher_timm
 from gep.models.encoder import EventEncoder
 from gep.models.vit import vit_grid, vit_tokens
+from gep.pretrained import Pretrained
 
 KIND = "vfm"
 """`kind` of the folder that `ImageModel.save` writes."""
 
 
-class ImageModel(nn.Module):
+class ImageModel(Pretrained):
     """Image ViT, with a class head on the mean of its tokens if it has classes: what a stand-in teacher is trained as.
 
     Args:
         encoder: keywords of EventEncoder; in_chans = 3, with the images' mean and std.
         classes: names, in label order; none = tokens alone.
     """
+
+    export_kind = KIND
+    config_schema = record({"encoder": ENCODER, "classes": CLASSES, **RECORDED}, needed=("encoder", "classes"))
 
     def __init__(self, encoder: dict[str, Any], classes: Sequence[str] = ()) -> None:
         super().__init__()
@@ -41,24 +46,38 @@ class ImageModel(nn.Module):
         assert self.class_head is not None, "this image model has no classes"
         return self.class_head(self.encoder(as_float(image))[1])
 
-    def save(
+    @classmethod
+    def _build(cls, config: Mapping[str, Any]) -> ImageModel:
+        return cls(config["encoder"], config["classes"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything needed to rebuild the model, as JSON."""
+        return {"encoder": dict(self.encoder.config), "classes": self.classes}
+
+    def save_pretrained(
         self,
         folder: str | os.PathLike[str],
         *,
-        data: dict[str, Any] | None = None,
-        metrics: dict[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        name: str | None = None,
     ) -> Path:
-        """Export for `FrozenVFM.from_spec("export:<folder>")`; data and metrics go into the model card."""
-        config = {"encoder": self.encoder.config, "classes": self.classes}
+        """Export for `FrozenVFM.from_spec("export:<folder>")`; data and metrics go into the card alone."""
         card = export.model_card(
             title="Stand-in image model",
             summary="A small image classifier that stands in for a vision foundation model as the frozen teacher.",
-            config=config,
+            config=self.config,
             data=data,
             metrics=metrics,
-            usage=(f'from gep.models import FrozenVFM\n\nteacher = FrozenVFM.from_spec("export:{Path(folder).name}")'),
+            usage=(
+                "from gep.models import FrozenVFM\n\n"
+                f'teacher = FrozenVFM.from_spec("export:{name or Path(folder).name}")  # a folder or a Hub id'
+            ),
         )
-        return export.save_folder(folder, kind=KIND, config=config, state=self.state_dict(), card=card)
+        return export.save_folder(folder, kind=KIND, config=self.config, state=self.state_dict(), card=card)
+
+    save = save_pretrained  # the name by which the demo knows it
 
 
 class FrozenVFM:
@@ -272,13 +291,9 @@ def _from_export(
 ) -> dict[str, Any]:
     if file is not None:
         raise ValueError("teacher.file has no meaning for export:<folder>: the folder holds the weights")
-    config, state = export.load_folder(name, KIND)
-    try:
-        model = ImageModel(config["encoder"], config["classes"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{name}: config.json does not describe an image model ({error!r}): export again") from error
-    if pretrained:
-        export.load_strict(model, state, source=name)
+    model = ImageModel.from_pretrained(name)
+    if not pretrained:
+        model = ImageModel.from_config(model.config)
     encoder = model.encoder
     mean, std = encoder.config["mean"] or [0.0] * 3, encoder.config["std"] or [1.0] * 3
     return {

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, PatchEmbed, apply_keep_indices_nlc
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class ConvStem(nn.Module):
@@ -155,8 +157,72 @@ def vit_intermediates(vit: nn.Module, x: Tensor, depths: Sequence[int]) -> list[
     """
     taken = [depth - 1 for depth in depths]
     states = vit.forward_intermediates(x, indices=taken, output_fmt="NLC", intermediates_only=True, stop_early=True)
-    norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
+    norm = final_norm(vit)
     return [norm(state) for state in states]
+
+
+def vit_kept_tokens(
+    vit: nn.Module, x: Tensor, index: Tensor, real: Tensor | None, depths: Sequence[int]
+) -> list[Tensor]:
+    """Patch tokens after some of a timm ViT's blocks, which see the prefix tokens and some of the patches alone.
+
+    Args:
+        x: (B, C, H, W) normalised input.
+        index: (B, K) int64 places of those patches in raster order; class and register tokens are kept beside them.
+        real: (B, K) bool, False = padding that no token attends to; None = no padding.
+        depths: ascending numbers of blocks passed, 1 … len(vit.blocks).
+    Returns:
+        A (B, K, D) for each of `depths`, through the final norm.
+    """
+    prefix = vit.num_prefix_tokens
+    # The ViT itself adds prefix and positions, to a grid that is empty.
+    place = vit._pos_embed(x.new_zeros(1, *vit_grid(vit, *x.shape[-2:]), vit.embed_dim))
+    place, rope = place if isinstance(place, tuple) else (place, None)
+    patches = _kept_patches(vit.patch_embed, x, index) + F.embedding(index, place[0, prefix:])
+    x = vit.norm_pre(torch.cat([place[:, :prefix].expand(len(x), -1, -1), patches], dim=1))
+
+    given: dict[str, Tensor] = {}
+    if real is not None:
+        given["attn_mask"] = F.pad(real, (prefix, 0), value=True)[:, None, None]
+    mixed = rope is not None and getattr(vit, "rope_mixed", False)
+    if rope is not None:
+        rope = apply_keep_indices_nlc(x, rope, index)
+        rope = rope.transpose(0, 1) if mixed else rope.unsqueeze(1)  # a depth each, or one for all heads
+    states = []
+    for i, block in enumerate(vit.blocks[: depths[-1]]):
+        if rope is not None:
+            given["rope"] = rope[i] if mixed else rope
+        x = checkpoint(block, x, use_reentrant=False, **given) if vit.grad_checkpointing else block(x, **given)
+        if i + 1 in depths:
+            states.append(x[:, prefix:])
+    norm = final_norm(vit)
+    return [norm(state) for state in states]
+
+
+def check_kept(vit: nn.Module, name: str) -> None:
+    """Raises ValueError where `vit_kept_tokens` does not know how the ViT adds its positions."""
+    if not isinstance(vit, VisionTransformer | Eva):
+        raise ValueError(
+            f"encoder arch {name!r} ({type(vit).__name__}) cannot leave patches out: set encoder.keep=1, or choose "
+            "nano or a plain vit_*"
+        )
+
+
+def _kept_patches(embed: nn.Module, x: Tensor, index: Tensor) -> Tensor:
+    """(B, K, D) embedded patches; where patches do not overlap the others are not even embedded."""
+    if type(embed) is not PatchEmbed:
+        every = embed(x).flatten(1, 2)
+        return every.gather(1, index[..., None].expand(-1, -1, every.shape[-1]))
+    rows, columns = embed.patch_size
+    cells = x.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, ph, pw)
+    row, column = index // cells.shape[2], index % cells.shape[2]
+    pixels = cells[torch.arange(len(x), device=x.device)[:, None], row, column].flatten(2)
+    return embed.norm(F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias))
+
+
+def final_norm(vit: nn.Module) -> nn.Module:
+    """The norm that all of a ViT's tokens pass last; models that pool first keep it elsewhere."""
+    return vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
 
 
 def spread_depths(num_layers: int, num: int) -> list[int]:

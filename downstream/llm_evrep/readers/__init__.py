@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Literal
@@ -21,10 +22,18 @@ _KINDS = {
 }
 _ONLY_FOR = {
     "vocabulary": ("tagger",),
+    "words": ("tagger",),
+    "prompt_template": ("tagger",),
+    "max_new_tokens": ("hf", "open_clip", "openai"),
     "file": ("tagger", "open_clip"),
     "quantise": ("hf",),
     "dtype": ("hf", "open_clip"),
+    "batch_size": ("hf", "open_clip"),
     "base_url": ("openai",),
+    "concurrency": ("openai",),
+    "requests_per_minute": ("openai",),
+    "price_in": ("openai",),
+    "price_out": ("openai",),
 }
 
 
@@ -65,12 +74,13 @@ def build_reader(
         ValueError: an unknown kind, or settings that the kind refuses.
         FileNotFoundError: weights that are nowhere to be found.
     """
+    given = dict(locals())
     kind, _, name = spec.partition(":")
     if kind not in _KINDS or not name:
         raise ValueError(f"reader {spec!r}: give one of {', '.join(_KINDS.values())}")
-    given = {"vocabulary": vocabulary, "file": file, "quantise": quantise, "dtype": dtype, "base_url": base_url}
-    for setting, value in given.items():
-        if value and kind not in _ONLY_FOR[setting]:
+    for setting, kinds in _ONLY_FOR.items():
+        usual = inspect.signature(build_reader).parameters[setting].default
+        if (given[setting] or usual) != usual and kind not in kinds:
             warnings.warn(f"llm.{setting} has no effect on {spec}: leave it out", stacklevel=2)
     if kind == "tagger":
         from downstream.llm_evrep.readers import tagger

@@ -38,7 +38,8 @@ def answer_key(reader_name: str, prompt: str, image: Tensor) -> str:
 class Answers:
     """Answers by key in a folder of append-only JSON lines, one file a rank; every rank reads all of them.
 
-    An answer is on disk before `put` returns. A line that a crash tore is dropped, and its answer asked again.
+    An answer is on disk before `put` returns, unless it says otherwise. A line that a crash tore is dropped, and its
+    answer asked again.
 
     Args:
         folder: made where missing; holds answers-<rank>.jsonl.
@@ -63,12 +64,14 @@ class Answers:
         """The answer, None where there is none yet."""
         return self._texts.get(key)
 
-    def put(self, key: str, text: str, **meta: str | float) -> None:
+    def put(self, key: str, text: str, *, durable: bool = True, **meta: str | float) -> None:
         """Write an answer to disk, then know it.
 
         Args:
             key: of `answer_key`.
             text: the answer.
+            durable: wait until the disk has it (about 10 ms), so that not even a power cut loses it; without, the
+                answer survives the process alone.
             meta: JSON values kept beside it for whoever reads the file.
         """
         line = json.dumps({"key": key, "text": text, **meta}) + "\n"
@@ -76,7 +79,8 @@ class Answers:
             with self.file.open("ab") as stream:
                 stream.write(line.encode())
                 stream.flush()
-                os.fsync(stream.fileno())
+                if durable:
+                    os.fsync(stream.fileno())
             self._texts[key] = text
 
     def refresh(self) -> None:
@@ -130,7 +134,8 @@ class CachedReader:
                 on_answer(index, text)
 
         def keep(index: int, text: str) -> None:
-            self.answers.put(missing[index], text, reader=self.name)
+            # What local weights say costs less than the disk's word for it, thousands of times.
+            self.answers.put(missing[index], text, durable=not self.has_weights, reader=self.name)
             tell(missing[index], text)
 
         asked = set(missing)
@@ -139,7 +144,9 @@ class CachedReader:
                 tell(key, self.answers.get(key))
         if missing:
             first = torch.tensor([places[key][0] for key in missing], device=images.device)
-            texts = self.reader.describe(images[first], prompt, on_answer=keep)
+            # Autocast is the trainer's; the cache knows a reader by its own precision.
+            with torch.autocast(images.device.type, enabled=False):
+                texts = self.reader.describe(images[first], prompt, on_answer=keep)
             for index, text in enumerate(texts):
                 if self.answers.get(missing[index]) is None:  # a reader that does not call on_answer
                     keep(index, text)

@@ -157,7 +157,11 @@ class Endpoint:
                 reply = Reply(reply.status, f"malformed answer: {reply.text}")
             elif not reply.passes():
                 raise Refused(self._say(reply), reply)
-        raise ConnectionError(f"{self.url}: no answer after {self.tries} tries, the last: {reply}")
+        raise ConnectionError(
+            f"{self.url}: no answer after {self.tries} tries, the last: {reply}. What was answered is kept: start the "
+            "same command again when the server answers, with a lower llm.concurrency or llm.requests_per_minute where "
+            "it was asked too fast"
+        )
 
     def _wait(self, attempt: int, reply: Reply) -> float:
         """Seconds before the next try: what a random part of an exponential, and no fewer than the server asks for."""

@@ -71,7 +71,7 @@ def build(
         model = model.to(device)
     label = f"hf:{name}"
     if local:
-        files = [file for kind in ("safetensors", "json", "jinja", "model") for file in folder.glob(f"*.{kind}")]
+        files = [file for kind in ("safetensors", "json", "jinja", "model", "txt") for file in folder.glob(f"*.{kind}")]
         label = f"hf:{short_path(folder)}@{fingerprint(files)}"
     elif commit := getattr(model.config, "_commit_hash", None):
         label += f"@{commit[:12]}"

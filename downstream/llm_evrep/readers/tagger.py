@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from downstream.llm_evrep.readers.base import OnAnswer, TokenScores, check_texts, fingerprint, short_path, to_uint8
+from gep import export
 from gep.models import FrozenVFM
 from gep.models.teacher import as_float
 
@@ -127,7 +128,8 @@ class Tagger:
             if index is None:
                 raise ValueError(
                     f"text {text!r}: {self.name} says words of its vocabulary joined by {SEPARATOR!r}, and "
-                    f"{text[at : at + 40]!r} starts with none; describe the images with the same reader"
+                    f"{text[at : at + 40]!r} starts with none; describe the images with the same reader, and leave "
+                    "loss.soft_text=description"
                 )
             word = self.vocabulary[index]
             if index in [said for said, _ in words]:
@@ -166,8 +168,9 @@ def build(
             f"reader tagger:{name}: {cause}; pass llm.name=tagger:<folder of an exported image model>, or "
             "llm.file=<local weights> with llm.name=tagger:open_clip:<arch>"
         ) from error
-    if kind == "export":  # an export that was trained anew is another reader
-        label = f"tagger:{short_path(rest)}@{fingerprint([Path(rest).expanduser() / 'model.safetensors'])}"
+    if kind == "export":  # an export that was trained anew, or calls its classes otherwise, is another reader
+        folder = export.fetch(rest)  # of the Hub: what was downloaded for the teacher
+        label = f"tagger:{short_path(rest)}@{fingerprint(folder / name for name in (export.CONFIG, export.WEIGHTS))}"
     else:
         label = f"tagger:{spec}" + (f"@{fingerprint([Path(file).expanduser()])}" if file else "")
     return Tagger(teacher, name=label, vocabulary=vocabulary, words=words, template=template)
