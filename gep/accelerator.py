@@ -174,18 +174,31 @@ def _start_cpu_processes() -> None:
 
 
 def _asked_processes(words: list[str]) -> int:
-    """The N of an `accelerate launch` command line; 1 where it is none."""
+    """The N of an `accelerate launch` command line; 1 where it is none.
+
+    Raises:
+        ValueError: several machines; each would train alone, in one folder.
+    """
     # Both `accelerate launch` and `python -m accelerate.commands.launch`.
     place = next((i for i, word in enumerate(words) if word in ("launch", "accelerate.commands.launch")), None)
     if place is None or not any("accelerate" in word for word in words[: place + 1]):
         return 1
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--num_machines", "--num-machines", type=int)
     parser.add_argument("--config_file", "--config-file")
     options, _ = parser.parse_known_args(words[place + 1 :])
-    if options.num_processes is None and options.config_file:
+    if options.config_file:
         with open(options.config_file, encoding="utf-8") as file:
-            options.num_processes = yaml.safe_load(file).get("num_processes")
+            given = yaml.safe_load(file)
+        for name in ("num_processes", "num_machines"):
+            if getattr(options, name) is None:
+                setattr(options, name, given.get(name))
+    if (options.num_machines or 1) > 1:
+        raise ValueError(
+            f"--num_machines {options.num_machines} with --cpu: accelerate starts one process there, and each machine "
+            "would train alone; leave --cpu out, as docs/SCALE.md shows"
+        )
     return options.num_processes or 1
 
 

@@ -58,3 +58,5 @@ def test_number_of_processes_asked_of_accelerate(words, count):
 
     assert _asked_processes(words) == count
     assert _asked_processes(["accelerate", "launch", "--config_file", "configs/accelerate/cpu_2.yaml", "x"]) == 2
+    with pytest.raises(ValueError, match="--num_machines 2 with --cpu"):
+        _asked_processes(["accelerate", "launch", "--cpu", "--num_machines", "2", "--num_processes", "2", "x"])

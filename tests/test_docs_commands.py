@@ -259,7 +259,8 @@ def test_a_wrong_command_is_found(text: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_commands_are_read_as_printed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "gep info outside\n```\ngep info  A      a remark\n```\n```bash\n# no command\naccelerate launch a.py \\\n    b=[1, 2]\n"
+        "gep info outside\n```\ngep info  A      a remark\n```\n```bash\n# no command\n"
+        "accelerate launch a.py \\\n    b=[1, 2]\n"
         "gep plan c/{x,y}.yaml [k=1 …] --what one|two    # of many\n```\n"
     )
     assert [(command.text, command.line) for command in commands_of(page)] == [

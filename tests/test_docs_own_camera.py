@@ -51,8 +51,8 @@ def write_own(
 @pytest.mark.slow
 def test_the_pages_commands_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    write_own(tmp_path / "DIR", recordings=3, pictures=8, size=(36, 36))
-    write_own(tmp_path / "EVENTS", recordings=3, pictures=8, size=(36, 36), images=False)
+    write_own(tmp_path / "DIR", recordings=5, pictures=8, size=(36, 36))
+    write_own(tmp_path / "EVENTS", recordings=8, pictures=8, size=(36, 36), images=False)
     (tmp_path / "PHOTOS").mkdir()
     for number in range(12):
         Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(tmp_path / "PHOTOS" / f"{number}.png")
@@ -68,7 +68,6 @@ def test_the_pages_commands_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         arguments = [str(ROOT / item) if item.startswith("configs/") else item for item in arguments]
         first = script == "stage1_align/run.py"
         arguments += [*QUICK, "train.progress=false", "teacher.name=export:teacher", *(SMALL if first else [])]
-        arguments += ["data.mix.own.holdout=0.3"] if "stage1_both" in command.text else ["data.holdout=0.3"]
         arguments += [] if first else ["backbone.preset=nano", "data.min_events=1"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

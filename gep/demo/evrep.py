@@ -34,7 +34,7 @@ class EvRepSize:
     seeds: int
 
 
-FULL = EvRepSize(300, 250, 2)
+FULL = EvRepSize(300, 300, 2)
 FAST = EvRepSize(10, 20, 1)
 
 

@@ -19,7 +19,7 @@ from gep.events.types import EventFormatError, Events
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _STEP = 1 << 16  # events between two probes of an uncompressed dataset
-_PIECE = 1 << 18  # events read ahead at once: a few such pieces, 13 bytes an event, stay in the processor's cache
+_PIECE = 1 << 19  # events read ahead at once: a few such pieces, 13 bytes an event, stay in the processor's cache
 _MANY = 4  # chunks from which on they are unpacked together; below, those that h5py keeps serve several windows
 
 

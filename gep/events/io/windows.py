@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gep.events.io.source import EventSource
 
 _PIECE = 1 << 20  # events read at once at most, whatever time they take: rates differ by orders of magnitude
-_AHEAD = 3  # pieces read ahead besides those that the threads are at: one of them may be late
+_AHEAD = 1  # pieces read ahead besides those that the threads are at: more fall out of the processor's cache
 _EDGES = 1 << 16  # windows cut at once: a pause of hours has millions
 
 
