@@ -34,7 +34,7 @@ class EvRepSize:
     seeds: int
 
 
-FULL = EvRepSize(300, 300, 2)
+FULL = EvRepSize(300, 300, 1)
 FAST = EvRepSize(10, 20, 1)
 
 
@@ -50,8 +50,8 @@ class Found:
 class EvRepDemo:
     """Generators trained on simulated recordings, with and without a frozen reader, read by it and by another one.
 
-    Several seeds of each: edges leave an image's level and sign open, so that without a reader some seeds give images
-    that can be read, and others their negatives.
+    Edges leave an image's level and sign open, so that without a reader some seeds give images that can be read, and
+    others their negatives: give `EvRepSize` more seeds to see it.
 
     Args:
         out: folder of everything.

@@ -227,8 +227,9 @@ def _evrep_parts(results: Mapping[str, Any], picture: Mapping[str, str]) -> list
         "<p>LLM-EvRep turns events into an image for a frozen reader. The reader here is the stand-in image model, "
         "which names the digit; the second reader, trained from other weights, took no part. Generators learned from "
         "simulated recordings and their pictures without a label: to have the picture's edges, which say nothing of an "
-        "image's level and sign, or to be read as the picture is, too. Accuracy in %, mean ± standard deviation over "
-        f"{seeds} generators, which the pictures show one by one.</p>",
+        "image's level and sign, or to be read as the picture is, too. Accuracy in %, "
+        + (f"mean ± standard deviation over {seeds} generators" if seeds > 1 else "of one generator each")
+        + ".</p>",
         _table(head, rows),
         f'<div class="wide">{picture["llm_evrep"]}</div>',
     ]
