@@ -171,7 +171,7 @@ def test_report_is_one_file_with_the_numbers(tmp_path: Path) -> None:
 
 
 def test_rows_of_the_readers_table_are_means_over_generators(tmp_path: Path) -> None:
-    demo = EvRepDemo(tmp_path, tmp_path, tmp_path, None, None, tmp_path, 8, EvRepSize(1, 1, 2), 0, None)
+    demo = EvRepDemo(tmp_path, tmp_path, tmp_path, tmp_path, None, tmp_path, 8, EvRepSize(1, 1, 2), 0, None)
     values = {"tencode": 10.0, "fidelity only 1": 90.0, "fidelity only 2": 10.0, "fidelity + semantic 1": 96.0}
     found = {source: {"accuracy": value, "sobel_error": value / 100} for source, value in values.items()}
     table = demo._by_row(found)

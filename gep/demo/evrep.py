@@ -46,6 +46,22 @@ class Found:
     gallery: bytes
 
 
+def second_reader(run: Path, digits: Digits, steps: int, seed: int) -> Path:
+    """Trains an image model like the stand-in teacher from other weights; returns its export in `run`."""
+    settings = TrainConfig(steps=steps, batch_size=64, seed=seed, log_every=10, eval_every=0, save_every=0)
+    accelerator = make_accelerator(settings, run)
+    model = build_model()
+    metrics = fit(
+        StandInTask(model),
+        Batches.of_run(DigitImages(digits), collate_digits, settings),
+        train=settings,
+        optim=OptimConfig(lr=2e-3, weight_decay=0.05, warmup_steps=min(50, settings.steps // 4)),
+        accelerator=accelerator,
+        run_dir=run,
+    )
+    return model.save(run / "export", metrics=metrics)
+
+
 @dataclass(frozen=True)
 class EvRepDemo:
     """Generators trained on simulated recordings, with and without a frozen reader, read by it and by another one.
@@ -57,7 +73,7 @@ class EvRepDemo:
         out: folder of everything.
         data: N-MNIST root of simulated recordings with images, train and test.
         reader: export of the stand-in image model: the reader that the generator is trained with.
-        digits: what the second reader learns from; it starts from other weights.
+        other: export of another one (`second_reader`), which only reads.
         test: listing of the recordings to read, below `test_root`, and how many of them.
         size: how long to train.
         seed: of everything.
@@ -67,7 +83,7 @@ class EvRepDemo:
     out: Path
     data: Path
     reader: Path
-    digits: Digits
+    other: Path
     test: Listing
     test_root: Path
     num_test: int
@@ -77,14 +93,12 @@ class EvRepDemo:
 
     def run(self) -> Found:
         """Trains and reads."""
-        with self.timed("llm_evrep: second reader"):
-            other = self._second_reader()
         for name, weight in _WEIGHTS.items():
             with self.timed(f"llm_evrep: {name}"):
                 for number in range(self.size.seeds):
                     self._train(name, weight, number)
         with self.timed("llm_evrep: read"):
-            trained, second = self._read(other).values()
+            trained, second = self._read().values()
         details = {"trained with": self._by_row(trained), "second reader": self._by_row(second)}
         tables = {
             "llm_evrep": {row: found["accuracy"][0] for row, found in details["trained with"].items()},
@@ -92,23 +106,6 @@ class EvRepDemo:
             "llm_evrep_details": details,
         }
         return Found(tables, (self.out / "read" / "gallery.png").read_bytes())
-
-    def _second_reader(self) -> Path:
-        run = self.out / "reader"
-        settings = TrainConfig(
-            steps=self.size.reader_steps, batch_size=64, seed=self.seed + 1, log_every=10, eval_every=0, save_every=0
-        )
-        accelerator = make_accelerator(settings, run)
-        model = build_model()
-        metrics = fit(
-            StandInTask(model),
-            Batches.of_run(DigitImages(self.digits), collate_digits, settings),
-            train=settings,
-            optim=OptimConfig(lr=2e-3, weight_decay=0.05, warmup_steps=min(50, settings.steps // 4)),
-            accelerator=accelerator,
-            run_dir=run,
-        )
-        return model.save(run / "export", metrics=metrics)
 
     def _by_row(self, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Row of the table -> mean and standard deviation over seeds, and each seed's values."""
@@ -138,7 +135,7 @@ class EvRepDemo:
             ]
         )
 
-    def _read(self, other: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    def _read(self) -> dict[str, dict[str, dict[str, Any]]]:
         sources = ["tencode", "histogram"]
         for name in _WEIGHTS:
             runs = [self._run(name, number) for number in range(self.size.seeds)]
@@ -153,7 +150,7 @@ class EvRepDemo:
                     f"data.root={self.test_root}",
                     f"data.eval_split={self.test.split}",
                     f"llm.name=tagger:{self.reader}",
-                    f"readers=['tagger:{other}']",
+                    f"readers=['tagger:{self.other}']",
                     f"sources={sources}",
                     f"limit={self.num_test}",
                     f"seed={self.seed}",

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import stage1_align.run
 import stage2_autoregress.run
 from downstream.common import write_json
-from gep import distributed
 from gep.data.listing import Listing
 from gep.data.registry import list_recordings
 from gep.data.sampler import Batches
 from gep.demo import evaluation, report
+from gep.demo.beside import Beside
 from gep.demo.digits import Digits, training_digits
 from gep.demo.evrep import FAST as FAST_EVREP
 from gep.demo.evrep import FULL as FULL_EVREP
-from gep.demo.evrep import EvRepDemo, EvRepSize
+from gep.demo.evrep import EvRepDemo, EvRepSize, second_reader
 from gep.demo.recordings import simulate_digits
 from gep.demo.scenes import FAST as FAST_SCENES
 from gep.demo.scenes import FULL as FULL_SCENES
-from gep.demo.scenes import SceneDemo, SceneSize
+from gep.demo.scenes import Found, SceneDemo, SceneSize, draw_data
 from gep.demo.standin import DigitImages, StandInTask, build_model, collate_digits
+from gep.demo.timing import Stopwatch
 from gep.engine import TrainConfig, fit, make_accelerator
-from gep.evaluate import collect
+from gep.evaluate import collect, evenly
 from gep.optim import OptimConfig
 
 
@@ -75,7 +73,7 @@ class Demo:
     nmnist: Path | None = None
     size: Size = FULL
     seed: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    _timed: Stopwatch = field(default_factory=Stopwatch, init=False)
 
     def run(self) -> dict[str, Any]:
         """Runs every step; returns what is written to results.json."""
@@ -83,13 +81,21 @@ class Demo:
         recordings = [] if self.nmnist is None else real_recordings(self.nmnist)
         train, reserved = training_digits(recordings)
         self._clear()
+        with Beside(self.out / "beside.log").started() as beside:
+            return self._run(recordings, train, reserved, beside)
+
+    def _run(self, recordings: list[Listing], train: Digits, reserved: Digits, beside: Beside) -> dict[str, Any]:
+        """Two rows of steps: digits here, scenes beside them."""
+        start = time.perf_counter()
+        data, teacher = self.out / "data", self.out / "teacher" / "export"
+        early = beside.submit(_prepare, self.out, train, self.size, self.seed)
         with self._timed("teacher"):
-            teacher = self._teacher(train, reserved)
+            self._teacher(train, reserved)
+        late = beside.submit(_scenes, self.out / "scenes", teacher, self.size.scenes, self.seed)
         with self._timed("simulate"):
-            data = self.out / "data"
             simulate_digits(train, data, split="train", copies=self.size.copies, seed=self.seed)
             count = _HELD_OUT if recordings else self.size.num_test
-            unseen = reserved.subset(_evenly(len(reserved), count))
+            unseen = reserved.subset(evenly(len(reserved), count))
             simulate_digits(unseen, data, split="test", copies=1, seed=self.seed + 1)
         common = [f"data.root={data}", f"teacher.name=export:{teacher}", f"train.seed={self.seed}"]
         with self._timed("stage1"):
@@ -113,25 +119,27 @@ class Demo:
             )
         listing = recordings[0] if recordings else list_recordings("nmnist", data, "test")
         found = evaluation.evaluate(
-            listing.subset(_evenly(len(listing), self.size.num_test), listing.split),
+            listing.subset(evenly(len(listing), self.size.num_test), listing.split),
             folder=self.out,
             size=self.size,
             seed=self.seed,
             timed=self._timed,
         )
+        prepared = beside.result(early)
         evrep = EvRepDemo(
             self.out / "llm_evrep",
             data,
             teacher,
-            train,
+            self.out / "llm_evrep" / "reader" / "export",
             listing,
-            self.nmnist if recordings else data,
+            self.nmnist if recordings and self.nmnist is not None else data,
             self.size.num_test,
             self.size.evrep,
             self.seed,
             self._timed,
         ).run()
-        scenes = SceneDemo(self.out / "scenes", teacher, self.size.scenes, self.seed, self._timed).run()
+        with self._timed("waiting for scenes"):
+            scenes, trained = beside.result(late)
         results = {
             "recognition": {
                 "source": "real recordings" if recordings else "simulated recordings",
@@ -147,7 +155,7 @@ class Demo:
             },
             **evrep.tables,
             **scenes.tables,
-            "seconds": self.seconds,
+            "seconds": {**self._timed.seconds, **prepared, **trained},
         }
         write_json(self.out / "results.json", results)
         with self._timed("report"):
@@ -159,6 +167,7 @@ class Demo:
                 evrep.gallery,
                 teacher_accuracy=self._teacher_accuracy,
             )
+        results["seconds"] |= {"report": self._timed.seconds["report"], "whole": round(time.perf_counter() - start, 1)}
         write_json(self.out / "results.json", results)
         return results
 
@@ -184,8 +193,8 @@ class Demo:
         for name in present:
             shutil.rmtree(self.out / name)
 
-    def _teacher(self, train: Digits, reserved: Digits) -> Path:
-        """Trains and exports the stand-in image model; returns the export."""
+    def _teacher(self, train: Digits, reserved: Digits) -> None:
+        """Trains and exports the stand-in image model."""
         settings = TrainConfig(steps=self.size.teacher_steps, batch_size=64, seed=self.seed, log_every=10, save_every=0)
         accelerator = make_accelerator(settings, self.out / "teacher")
         model = build_model()
@@ -211,15 +220,22 @@ class Demo:
             evaluate=evaluate,
         )
         self._teacher_accuracy = metrics["eval/accuracy_on_unseen_digits"]
-        return model.save(self.out / "teacher" / "export", metrics=metrics)
+        model.save(self.out / "teacher" / "export", metrics=metrics)
 
-    @contextmanager
-    def _timed(self, step: str) -> Iterator[None]:
-        if distributed.is_main():
-            print(f"── {step}", flush=True)
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = round(time.perf_counter() - start, 1)
+
+def _prepare(out: Path, digits: Digits, size: Size, seed: int) -> dict[str, float]:
+    """What needs no teacher: the scenes, and the second reader; returns the seconds of each."""
+    watch = Stopwatch()
+    with watch("scenes"):
+        draw_data(out / "scenes", size.scenes, seed)
+    with watch("llm_evrep: second reader"):
+        second_reader(out / "llm_evrep" / "reader", digits, size.evrep.reader_steps, seed + 1)
+    return watch.seconds
+
+
+def _scenes(out: Path, teacher: Path, size: SceneSize, seed: int) -> tuple[Found, dict[str, float]]:
+    watch = Stopwatch()
+    return SceneDemo(out, teacher, size, seed, watch).run(), watch.seconds
 
 
 def real_recordings(root: Path) -> list[Listing]:
@@ -238,9 +254,3 @@ def real_recordings(root: Path) -> list[Listing]:
 
 def _config(stage: str) -> str:
     return str(resources.files("gep.demo").joinpath(f"{stage}.yaml"))
-
-
-def _evenly(count: int, most: int) -> np.ndarray:
-    """At most `most` of `count` indices, spread evenly."""
-    kept = min(count, most)
-    return np.arange(kept) * count // kept

@@ -68,12 +68,22 @@ class Found:
     pictures: dict[str, Any]
 
 
+def draw_data(out: Path, size: SceneSize, seed: int) -> None:
+    """Writes the scenes that `SceneDemo` learns from: <out>/unlabelled and <out>/labelled."""
+    textures = scene_textures(seed)
+    counts = {"train": size.scenes, "val": max(16, size.scenes // 20)}
+    write_scenes(out / "unlabelled", counts, textures, config=SceneConfig(), seed=seed)
+    # As many labels for each seed, drawn from three times as many scenes.
+    counts = {"train": 3 * size.labelled, "val": size.labelled, "test": size.test}
+    write_scenes(out / "labelled", counts, textures, config=SceneConfig(), seed=seed + 1)
+
+
 @dataclass(frozen=True)
 class SceneDemo:
-    """Scenes → stand-in teacher → stage 1 → stage 2 → probes on masks and depth.
+    """Stand-in teacher → stage 1 → stage 2 → probes on masks and depth of scenes.
 
     Args:
-        out: folder of everything.
+        out: folder of everything; `draw_data` has written the scenes there.
         digits_teacher: export of the stand-in that knows digits, which the scenes' one starts from.
         size: how long to train.
         seed: of everything.
@@ -90,12 +100,6 @@ class SceneDemo:
         """Trains and measures; the classes, methods and numbers are in `Found`."""
         textures = scene_textures(self.seed)
         config = SceneConfig()
-        with self.timed("scenes"):
-            counts = {"train": self.size.scenes, "val": max(16, self.size.scenes // 20)}
-            write_scenes(self.out / "unlabelled", counts, textures, config=config, seed=self.seed)
-            # As many labels for each seed, drawn from three times as many scenes.
-            counts = {"train": 3 * self.size.labelled, "val": self.size.labelled, "test": self.size.test}
-            write_scenes(self.out / "labelled", counts, textures, config=config, seed=self.seed + 1)
         with self.timed("scenes: teacher"):
             pictures = ScenePictures.draw(self.size.pictures, textures["train"], config, self.seed)
             teacher = self._teacher(pictures, len(textures["train"].things) + 1)

@@ -1,7 +1,10 @@
 """Transformer parts of the backbone: RMSNorm, SwiGLU, rotary position over (row, column, time), attention."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 
@@ -111,6 +114,43 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+class Sight(NamedTuple):
+    """Which tokens each token attends to; all of them unless one of the three says less."""
+
+    mask: Tensor | None = None
+    """bool, broadcast to (B, heads, L, S + L), True = may be attended to."""
+    is_causal: bool = False
+    """Token i sees tokens <= i; only without earlier keys."""
+    frame: int = 0
+    """Tokens of a frame, which sees itself and all frames before it; only without earlier keys. 0 = no frames."""
+
+
+EVERYTHING = Sight()
+"""No limit."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+    """Scaled dot-product attention of (B, heads, L, d) queries.
+
+    Frames are attended to one call a frame, over keys of its exact length: no mask is made, and what lies ahead costs
+    nothing (ViT-S tokens, 8 frames on a CPU: 0.6 x the time under a mask).
+    """
+    if not sight.frame:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask, is_causal=sight.is_causal)
+    slices = [
+        _attend(q[:, :, end - sight.frame : end], k[:, :, :end], v[:, :, :end])
+        for end in range(sight.frame, q.shape[2] + 1, sight.frame)
+    ]
+    return torch.cat(slices, dim=2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if use_fused_attn():
+        return F.scaled_dot_product_attention(q, k, v)
+    # As timm's encoders then do: see gep.cpu.
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with normalised queries and keys, rotary position and an optional
     key/value cache.
@@ -133,8 +173,7 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
+        sight: Sight = EVERYTHING,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Attend from the L given tokens to the S cached ones and to themselves.
@@ -142,8 +181,7 @@ class Attention(nn.Module):
         Args:
             x: (B, L, dim).
             cos, sin: (B or 1, 1, L, head_dim / 2) of the given tokens.
-            mask: bool, broadcast to (B, heads, L, S + L), True = may be attended to; None = everything may.
-            is_causal: instead of a mask, token i sees tokens <= i; only without `past`.
+            sight: what they see.
             past: keys and values (B, heads, S, head_dim) of earlier tokens, already rotated.
         Returns:
             (B, L, dim), and the keys and values of all S + L tokens.
@@ -153,9 +191,9 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
         k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
         if past is not None:
-            assert not is_causal, "a cache needs an explicit mask"
+            assert not sight.is_causal and not sight.frame, "a cache needs an explicit mask"
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        y = attend(q, k, v, sight)
         return self.out(y.transpose(1, 2).reshape(batch, length, -1)), (k, v)
 
 
@@ -174,11 +212,10 @@ class Block(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
+        sight: Sight = EVERYTHING,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """As Attention.forward."""
-        y, kept = self.attention(self.attention_norm(x), cos, sin, mask, is_causal, past)
+        y, kept = self.attention(self.attention_norm(x), cos, sin, sight, past)
         x = x + y
         return x + self.feed_forward(self.feed_forward_norm(x)), kept
