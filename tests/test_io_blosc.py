@@ -100,14 +100,14 @@ def test_nothing_is_read_or_written_outside_a_damaged_chunk(monkeypatch):
 
     monkeypatch.setattr(blosc.zstd, "decompress", decompress)
     chunk = np.frombuffer(content, np.uint8)
-    assert blosc._unpack.py_func(chunk, 2, 0, 0, planes, out) and np.array_equal(out, values)
+    assert blosc._unpack.py_func(chunk, 2, 0, 0, 0, planes, out) == 5 and np.array_equal(out, values)
     assert calls == [(0, 8, blocks[0]), (0, 4, blocks[1])]
     for place in range(len(content)):
         for value in {0, 1, 7, 127, 128, 255, content[place] ^ 1, content[place] + 1 & 255}:
             chunk = np.frombuffer(content[:place] + bytes([value]) + content[place + 1 :], np.uint8)
-            blosc._unpack.py_func(chunk, 2, 0, 0, planes, out)
+            blosc._unpack.py_func(chunk, 2, 0, 0, 0, planes, out)
         chunk = np.frombuffer(content[:place], np.uint8)
-        assert not blosc._unpack.py_func(chunk, 2, 0, 0, planes, out)
+        assert blosc._unpack.py_func(chunk, 2, 0, 0, 0, planes, out) == -1
 
 
 def test_frames_are_unpacked_as_pyarrow_packed_them():

@@ -104,7 +104,7 @@ def test_no_more_than_a_piece_is_read_at_once_where_the_rate_rises(tmp_path, mon
             assert max(sizes) <= 4 * windows._PIECE and sum(sizes) <= len(t) + 10 * len(sizes)
 
 
-@pytest.mark.parametrize("at", [5000, 5001])
+@pytest.mark.parametrize("at", [5000, 5001, 6 * ROWS])  # the last one between two chunks
 def test_times_that_step_back_are_refused(tmp_path, monkeypatch, at):
     path, events = tmp_path / "a.h5", some_events(20_000)
     monkeypatch.setattr(windows, "_PIECE", 5000)  # at 5000 the step back shows between two pieces only

@@ -21,7 +21,7 @@ from gep.events.types import EventBatch
 
 
 def _prepare(
-    batch: EventBatch, channels: int, out: torch.Tensor | None, rectified: bool = False
+    batch: EventBatch, channels: int, out: torch.Tensor | None, rectified: bool = False, clear: bool = True
 ) -> tuple[EventBatch, torch.Tensor, ModuleType]:
     if batch.rectified and not rectified:
         raise ValueError("rectified (float) coordinates are taken by voxel_grid only; round them to int16")
@@ -30,7 +30,7 @@ def _prepare(
         batch = batch.validate()
     shape = (len(batch), channels, batch.height, batch.width)
     if out is None:
-        out = torch.zeros(shape, dtype=torch.float32, device=batch.device)
+        out = torch.empty(shape, dtype=torch.float32, device=batch.device)
     else:
         same = out.dtype == torch.float32 and out.device == batch.device and out.is_contiguous()
         if tuple(out.shape) != shape or not same:
@@ -38,6 +38,7 @@ def _prepare(
                 f"out must be contiguous float32 {shape} on {batch.device}, "
                 f"got {out.dtype} {tuple(out.shape)} on {out.device}"
             )
+    if clear:
         out.zero_()
     return batch, out, represent_numba if batch.device.type == "cpu" else represent_torch
 
@@ -99,7 +100,7 @@ def voxel_grid(
     Source: Zhu et al., arXiv 1812.08156, eq. 1-2.
     """
     check_positive("bins", bins)
-    batch, out, path = _prepare(batch, bins * (1 + split_polarity), out, rectified=True)
+    batch, out, path = _prepare(batch, bins * (1 + split_polarity), out, rectified=True, clear=False)
     path.voxels(batch, bins, split_polarity, out)
     return out
 

@@ -58,12 +58,20 @@ def _to_float(counts, values):
 
 
 @njit(nogil=True, cache=True)
+def _clear(values, plane, stride):
+    """Sets a plane to 0, and that of the other polarity where there is one."""
+    values[:plane] = 0
+    if stride:
+        values[stride : stride + plane] = 0
+
+
+@njit(nogil=True, cache=True)
 def _voxel(t, x, y, p, starts, t0, t1, bins, split, height, width, values):
     gaps = max(bins - 1, 1)
     plane, w = height * width, np.uint32(width)
     # With one bin there is no next one: the fraction is 0 and its share goes to the same cell.
     step = plane if bins > 1 else 0
-    polarity_stride = np.uint64(bins * plane if split else 0)
+    stride = bins * plane if split else 0
     channels = 2 * bins if split else bins
     off = np.float32(1) if split else np.float32(-1)
     rise = np.float32(1) - off
@@ -75,6 +83,11 @@ def _voxel(t, x, y, p, starts, t0, t1, bins, split, height, width, values):
         begin, slope = t0[window], (bins - 1) / max(t1[window] - t0[window], 1)
         base = (window * channels + k) * plane
         here, there = values[base:], values[base + step :]
+        # Each plane is cleared just before its first events, which then find it in the cache.
+        if k == 0:
+            _clear(here, plane, stride)
+        if step:
+            _clear(there, plane, stride)
         for first in range(starts[segment], starts[segment + 1], _FEW):
             count = min(_FEW, starts[segment + 1] - first)
             last = first + count
@@ -83,7 +96,7 @@ def _voxel(t, x, y, p, starts, t0, t1, bins, split, height, width, values):
                 sign = off + rise * np.float32(ps[i])
                 later = np.float32((ts[i] - begin) * slope - k) * sign
                 cell = np.uint32(np.uint32(w * np.uint32(ys[i])) + np.uint32(xs[i]))
-                cells[i] = polarity_stride * np.uint64(ps[i]) + np.uint64(cell)
+                cells[i] = np.uint64(stride) * np.uint64(ps[i]) + np.uint64(cell)
                 former[i] = sign - later
                 latter[i] = later
             for i in range(count):
@@ -94,6 +107,7 @@ def _voxel(t, x, y, p, starts, t0, t1, bins, split, height, width, values):
 
 @njit(nogil=True, cache=True)
 def _voxel_rectified(t, x, y, p, starts, t0, t1, bins, split, height, width, values):
+    values[:] = 0
     gaps = max(bins - 1, 1)
     plane = height * width
     step = plane if bins > 1 else 0
@@ -220,7 +234,7 @@ def counts(batch: EventBatch, bins: int, out: torch.Tensor) -> None:
 
 
 def voxels(batch: EventBatch, bins: int, split_polarity: bool, out: torch.Tensor) -> None:
-    """Temporally bilinear sums into a zeroed (B, bins or 2 * bins, H, W) float32 buffer."""
+    """Temporally bilinear sums into a (B, bins or 2 * bins, H, W) float32 buffer, whatever it holds."""
     t, x, y, p, offsets, t0, t1 = _arrays(batch)
     starts = _segment_starts(t, offsets, t0, t1, max(bins - 1, 1))
     kernel = _voxel_rectified if batch.rectified else _voxel

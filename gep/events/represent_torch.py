@@ -41,8 +41,8 @@ def counts(batch: EventBatch, bins: int, out: torch.Tensor) -> None:
 
 
 def voxels(batch: EventBatch, bins: int, split_polarity: bool, out: torch.Tensor) -> None:
-    """Temporally bilinear sums into a zeroed (B, bins or 2 * bins, H, W) float32 buffer."""
-    window, values = _window(batch), out.view(-1)
+    """Temporally bilinear sums into a (B, bins or 2 * bins, H, W) float32 buffer, whatever it holds."""
+    window, values = _window(batch), out.zero_().view(-1)
     elapsed, span = (batch.t - batch.t0[window]), _span(batch)[window]
     gaps = bins - 1
     first = (elapsed * gaps // span).clamp(0, max(gaps - 1, 0))

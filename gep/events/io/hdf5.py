@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +19,9 @@ from gep.events.io.hdf5_layouts import find_layout, sensor_size
 from gep.events.io.source import EventSource, Format, damaged
 from gep.events.types import EventFormatError, Events
 
+if TYPE_CHECKING:
+    import h5py
+
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _STEP = 1 << 16  # events between two probes of an uncompressed dataset
 _PIECE = 1 << 19  # events read ahead at once: a few such pieces, 13 bytes an event, stay in the processor's cache
@@ -26,10 +31,11 @@ _MANY = 4  # chunks from which on they are unpacked together; below, those that 
 class Hdf5Source(EventSource):
     """An HDF5 recording; it may be used in forked processes, as a pickle, and by several threads."""
 
-    read_ahead = 2
+    read_ahead = 1
 
     def __init__(self, path: Path, *, height: int | None, width: int | None, recover: bool, camera: str):
-        self.path, self.camera, self._recover, self._probes = path, camera, recover, {}
+        self.path, self.camera, self._recover = path, camera, recover
+        self._probes: dict[int | str, Any] = {}
         self._handle = Handle(path, recover)
         file = self._handle.file()
         with self._guarded(lambda: (0, "the file's structure")):
@@ -41,7 +47,7 @@ class Hdf5Source(EventSource):
             self._table = self._layout.columns["t"][1] is not None
             rows = (file[self._layout.datasets[0]].chunks or (_PIECE,))[0]
             self.piece = max(_PIECE // rows, _MANY) * rows
-        self.height, self.width = (height, width) if height is not None else size
+        self.height, self.width = size if height is None or width is None else (height, width)
         Events.empty(self.height, self.width).validate(str(path))
         if recover:
             self._keep_sound()
@@ -57,7 +63,11 @@ class Hdf5Source(EventSource):
         start, stop, _ = slice(start, stop).indices(self._len)
         if stop <= start:
             return Events.empty(self.height, self.width)
-        return self._events(start, self._raw(start, stop, "txyp"))
+        names, events = self._layout.datasets, None
+        with self._guarded(partial(self._first_bad, names[0], start, stop)):
+            if self._layout.unit == "us" and (columns := self._simple(start, stop, *names)):
+                events = blosc.events(columns, start, stop, self._offset, self.height, self.width)
+        return self._events(start, self._raw(start, stop, "txyp")) if events is None else events
 
     def by_time(self, t0: int, t1: int) -> Events:
         if t1 <= t0:
@@ -97,31 +107,34 @@ class Hdf5Source(EventSource):
 
     def _raw(self, start: int, stop: int, names: str) -> dict[str, np.ndarray]:
         """Columns as stored; of a table all four, they lie side by side."""
-        raw = {}
+        raw: dict[str, np.ndarray] = {}
         for dataset in self._layout.datasets:
             mine = [n for n in "txyp" if self._layout.columns[n][0] == dataset and (self._table or n in names)]
             if not mine:
                 continue
-            with self._guarded(lambda name=dataset: self._first_bad(name, start, stop)):
-                values = self._unpacked(dataset, start, stop)
-                direct = values is not None  # a lost chunk is no Blosc chunk
-                values = values if direct else self._handle.dataset(dataset)[start:stop]
-            if not direct:
+            with self._guarded(partial(self._first_bad, dataset, start, stop)):
+                direct = self._unpacked(dataset, start, stop)
+                values = self._handle.dataset(dataset)[start:stop] if direct is None else direct
+            if direct is None:  # a lost chunk is no Blosc chunk
                 self._check_filled(dataset, start, values)
             raw |= {n: values[:, self._layout.columns[n][1]] if self._table else values for n in mine}
         return raw
 
     def _unpacked(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Elements of a long stretch by `blosc.read`; None where h5py is to read them."""
-        data = self._handle.dataset(name)
-        if self._table or self._recover or not data.chunks or stop - start < _MANY * data.chunks[0]:
-            return None
-        key = f"simple {name}"
-        if key not in self._probes:
-            self._probes[key] = blosc.is_simple(data)
-        # Times are wanted as int64 in the end: no pass of its own widens them.
-        wide = name == self._layout.columns["t"][0] and data.dtype.kind == "u" and data.dtype.itemsize < 8
-        return blosc.read(data, start, stop, np.dtype(np.int64) if wide else None) if self._probes[key] else None
+        columns = self._simple(start, stop, name)
+        column = blosc.read(columns[0], start, stop, wide=name == self._layout.columns["t"][0]) if columns else None
+        return None if column is None else column.values
+
+    def _simple(self, start: int, stop: int, *names: str) -> tuple[h5py.Dataset, ...]:
+        """The datasets if `blosc` may read a stretch of them, else none: of short ones h5py keeps the chunks."""
+        columns = tuple(self._handle.dataset(name) for name in names)
+        short = any(not data.chunks or stop - start < _MANY * data.chunks[0] for data in columns)
+        if self._table or self._recover or short:
+            return ()
+        if (key := f"simple {names}") not in self._probes:
+            self._probes[key] = all(blosc.is_simple(data) for data in columns)
+        return columns if self._probes[key] else ()
 
     def _events(
         self, start: int, raw: dict[str, np.ndarray], unit: str | None = None, offset: int | None = None
@@ -190,11 +203,11 @@ class Hdf5Source(EventSource):
 
     def _by_index_map(self, t0: int, t1: int) -> tuple[int, int] | None:
         name = self._layout.index
-        data = self._handle.dataset(name) if name else None
+        data = self._handle.find(name) if name else None
         if data is None:
             return None
         if "map" not in self._probes:
-            with self._guarded(lambda: self._first_bad(name, 0, len(data))):
+            with self._guarded(lambda: self._first_bad(str(name), 0, len(data))):
                 self._probes["map"] = data[:].astype(np.int64)
         index = self._probes["map"]
         low, high = (t0 - self._offset) // 1000, -(-(t1 - self._offset) // 1000)
@@ -279,7 +292,7 @@ class Hdf5Source(EventSource):
             for at in range(start, stop, data.chunks[0]) if data.chunks else (stop,):
                 if data.chunks:
                     at = at // data.chunks[0] * data.chunks[0]
-                    with self._guarded(lambda name=name: (0, f"the chunks of dataset '{name}'")):
+                    with self._guarded(partial(_chunks_of, name)):
                         info = data.id.get_chunk_info_by_coord((at, *(0 for _ in data.shape[1:])))
                     begin, end = info.byte_offset, (info.byte_offset or 0) + info.size
                 else:
@@ -289,6 +302,10 @@ class Hdf5Source(EventSource):
                     raise EventFormatError(
                         f"{self.path}: byte {min(begin or 0, size)}: dataset '{name}' is cut off before element {at}"
                     )
+
+
+def _chunks_of(name: str) -> tuple[int, str]:
+    return 0, f"the chunks of dataset '{name}'"
 
 
 def open_hdf5(

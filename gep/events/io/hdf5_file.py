@@ -6,12 +6,17 @@ import io
 import os
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from gep.events.io.files import replacing
 from gep.events.io.source import EventSource
 from gep.events.types import EventFormatError, Events
+
+if TYPE_CHECKING:
+    import h5py
+    from typing_extensions import Buffer
 
 DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError, OverflowError, IndexError)
 """What h5py reports damage through: whatever the C library and its own code run into."""
@@ -23,7 +28,7 @@ _CHUNK = 1 << 16
 _MAX_T = (1 << 32) - 1  # DSEC keeps t as uint32
 
 
-def open_file(path: Path, recover: bool) -> object:
+def open_file(path: Path, recover: bool) -> h5py.File:
     """h5py.File for reading, Blosc and its kin registered.
 
     Raises:
@@ -78,7 +83,7 @@ class _Padded(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Buffer) -> int:
         view = memoryview(buffer).cast("B")
         self._file.seek(self._at)
         got = self._file.readinto(view) or 0
@@ -119,7 +124,8 @@ def write_hdf5(path: str | Path, events: Events | EventSource, *, compression: s
         group = file.create_group("events")
         for name, dtype in (("t", "u4"), ("x", "u2"), ("y", "u2"), ("p", "u1")):
             group.create_dataset(name, (0,), dtype, chunks=(_CHUNK,), maxshape=(None,), **filters)
-        start, first, index = 0, 0, []
+        start, first = 0, 0
+        index: list[np.ndarray] = []
         for chunk in (events.validate(str(path)),) if isinstance(events, Events) else events.chunks(16 * _CHUNK):
             if len(chunk) == 0:
                 continue
@@ -150,7 +156,8 @@ def _filters(compression: str) -> dict:
         try:
             import hdf5plugin
 
-            return dict(hdf5plugin.Blosc(cname=compression, clevel=5, shuffle=hdf5plugin.Blosc.SHUFFLE))
+            codec: Literal["lz4", "zstd"] = "lz4" if compression == "lz4" else "zstd"
+            return dict(hdf5plugin.Blosc(cname=codec, clevel=5, shuffle=hdf5plugin.Blosc.SHUFFLE))
         except ImportError:
             pass
     return {"compression": "gzip", "shuffle": True}

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gep.events.io.hdf5_file import open_file
+
+if TYPE_CHECKING:
+    import h5py
 
 _opening = threading.Lock()  # one for all files: a handle is pickled, and HDF5 does one thing at a time anyway
 
@@ -26,12 +30,14 @@ class Handle:
     def __init__(self, path: Path, recover: bool):
         """Opens nothing yet; arguments are those of `open_file`."""
         self.path, self.closed, self._recover = path, False, recover
-        self._file, self._process, self._datasets = None, 0, {}
+        self._file: h5py.File | None = None
+        self._process = 0
+        self._datasets: dict[str, h5py.Dataset | None] = {}
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_file": None, "_process": 0, "_datasets": {}}
 
-    def file(self) -> object:
+    def file(self) -> h5py.File:
         """This process's h5py.File.
 
         Raises:
@@ -48,7 +54,13 @@ class Handle:
         self.check()
         return file
 
-    def dataset(self, name: str) -> object | None:
+    def dataset(self, name: str) -> h5py.Dataset:
+        """A dataset that the layout has."""
+        found = self.find(name)
+        assert found is not None, name
+        return found
+
+    def find(self, name: str) -> h5py.Dataset | None:
         """A dataset, looked up once a process; None where there is none of that name."""
         file, known = self.file(), self._datasets
         if name not in known:

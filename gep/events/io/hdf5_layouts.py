@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gep.events.types import EventFormatError
+
+if TYPE_CHECKING:
+    import h5py
 
 _BLOSC = (32001, 32026)
 _FILTERS = {32001: "Blosc", 32026: "Blosc2", 32015: "Zstandard", 32004: "LZ4", 32008: "bitshuffle", 32000: "LZF"}
@@ -34,11 +38,11 @@ class Layout:
         return tuple(dict.fromkeys(self.columns[name][0] for name in "txyp"))
 
 
-def _split(folder: str) -> dict[str, tuple[str, None]]:
+def _split(folder: str) -> dict[str, tuple[str, int | None]]:
     return {name: (f"{folder}/{name}", None) for name in "txyp"}
 
 
-def find_layout(file: object, path: Path, camera: str) -> Layout:
+def find_layout(file: h5py.File, path: Path, camera: str) -> Layout:
     """The layout of an open file.
 
     Args:
@@ -63,7 +67,7 @@ def find_layout(file: object, path: Path, camera: str) -> Layout:
             _check(file, path, layout)
             return layout
     wanted = "; ".join(f"{layout.name}: {', '.join(layout.datasets)}" for layout in layouts)
-    there = []
+    there: list[str] = []
     file.visit(lambda name: there.append(name) if len(there) < 12 else None)
     raise EventFormatError(
         f"{path}: byte 0: an HDF5 file of no known event layout; looked for {wanted}; "
@@ -71,7 +75,7 @@ def find_layout(file: object, path: Path, camera: str) -> Layout:
     )
 
 
-def sensor_size(file: object, layout: Layout) -> tuple[int, int]:
+def sensor_size(file: h5py.File, layout: Layout) -> tuple[int, int]:
     """(rows, columns): from attributes height and width of the file, M3ED's calib/resolution, else the layout's."""
     if "height" in file.attrs and "width" in file.attrs:
         return int(file.attrs["height"]), int(file.attrs["width"])
@@ -82,11 +86,11 @@ def sensor_size(file: object, layout: Layout) -> tuple[int, int]:
     return layout.sensor
 
 
-def _is_dataset(file: object, name: str) -> bool:
+def _is_dataset(file: h5py.File, name: str) -> bool:
     return name in file and hasattr(file[name], "shape")
 
 
-def _check(file: object, path: Path, layout: Layout) -> None:
+def _check(file: h5py.File, path: Path, layout: Layout) -> None:
     """Refuses shapes and dtypes other than the layout's, filters that are missing, and sizes no file can hold."""
     length = None
     for name in layout.datasets:
@@ -122,7 +126,7 @@ def _check(file: object, path: Path, layout: Layout) -> None:
         _check_filters(file[layout.index], path, layout.index)
 
 
-def _check_filters(data: object, path: Path, name: str) -> None:
+def _check_filters(data: h5py.Dataset, path: Path, name: str) -> None:
     import h5py
 
     pipeline = data.id.get_create_plist()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from gep.events.io.source import EventSource
 
 _PIECE = 1 << 20  # events read at once at most, whatever time they take: rates differ by orders of magnitude
-_AHEAD = 1  # pieces read ahead besides those that the threads are at: more fall out of the processor's cache
+_AHEAD = 2  # pieces read ahead besides those that the threads are at: more fall out of the processor's cache
 _EDGES = 1 << 16  # windows cut at once: a pause of hours has millions
+_Windows: TypeAlias = Generator[tuple[Events, tuple[int, int]], None, Events]
 
 
 def windows(
@@ -57,7 +58,7 @@ def _windows(source: EventSource, window_us: int, begin: int, end: int) -> Itera
         yield from _cut(held[:-1], held[-1], begin, window_us, count)
 
 
-def _cut(held: list[Events], events: Events, begin: int, window_us: int, count: int) -> Iterator[tuple]:
+def _cut(held: list[Events], events: Events, begin: int, window_us: int, count: int) -> _Windows:
     """Windows whose first one begins with the events held back; returns what follows the last."""
     cut = int(np.searchsorted(events.t, begin + window_us))
     yield _join([*held, events[:cut]]), (begin, begin + window_us)
@@ -74,8 +75,8 @@ def _join(parts: list[Events]) -> Events:
     parts = [part for part in parts if len(part)] or parts[:1]
     if len(parts) == 1:
         return parts[0]
-    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in "txyp")
-    return Events(*columns, parts[0].height, parts[0].width)
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in "txyp"}
+    return Events(**columns, height=parts[0].height, width=parts[0].width)
 
 
 def _pieces(source: EventSource, low: int, high: int) -> Iterator[Events]:
@@ -89,14 +90,30 @@ def _pieces(source: EventSource, low: int, high: int) -> Iterator[Events]:
             yield source.by_index(*span)
         return
     with ThreadPoolExecutor(threads, "windows") as pool:
-        pending: deque[Future[Events]] = deque()
+        pending: deque[tuple[tuple[int, int], Future[Events]]] = deque()
         try:
             while True:
-                while len(pending) < threads + _AHEAD and (span := next(spans, None)):
-                    pending.append(pool.submit(source.by_index, *span))
+                while len(pending) < threads + _AHEAD and (ahead := next(spans, None)):
+                    pending.append((ahead, pool.submit(source.by_index, *ahead)))
                 if not pending:
                     return
-                yield pending.popleft().result()
+                # This thread does not wait for the first piece, but reads the next that none has begun.
+                for k, (span, future) in enumerate(pending):
+                    if pending[0][1].done():
+                        break
+                    if future.cancel():
+                        pending[k] = span, _read(source, span)
+                yield pending.popleft()[1].result()
         finally:
-            for future in pending:
+            for _, future in pending:
                 future.cancel()
+
+
+def _read(source: EventSource, span: tuple[int, int]) -> Future[Events]:
+    """A piece read at once; a fault is raised when it is its turn."""
+    future: Future[Events] = Future()
+    try:
+        future.set_result(source.by_index(*span))
+    except Exception as error:
+        future.set_exception(error)
+    return future
