@@ -3,8 +3,7 @@
     config.yaml   commit.txt   metrics.jsonl   speed.jsonl
     checkpoints/step_000100/   accelerate's state, meters_<rank>.json, trainer.json, last of all `complete`
 
-A checkpoint without its `complete` marker, or whose files are not of the size the marker lists, does not
-count.
+A checkpoint without its `complete` marker, or whose files are not those that the marker lists, does not count.
 """
 
 import hashlib
@@ -15,12 +14,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from gep import config, distributed
+from gep import config, distributed, run_lock
+from gep.checkpoint_files import CheckpointError, check, find, mark_complete, prune, step_of, write_whole
+from gep.mask import masked
 
 # Fields that do not change results: a run may be resumed with other values. Named by the end of the dotted
 # name.
@@ -36,11 +37,8 @@ MAY_DIFFER = (
     "train.save_every",
     "train.keep_checkpoints",
     "train.compile",
+    "train.checkpointing",
 )
-
-
-class CheckpointError(OSError):
-    """A checkpoint could not be written or read; the message names the path and the way out."""
 
 
 def prepare_run_dir(
@@ -51,7 +49,7 @@ def prepare_run_dir(
     inputs: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> Path:
     """Make a run folder with config.yaml and commit.txt, or check that an existing one fits the
-    configuration.
+    configuration. No other process may work there until this one's `fit` or the process itself ends.
 
     Call it on every rank, after the accelerator exists.
 
@@ -64,25 +62,27 @@ def prepare_run_dir(
     Returns:
         run_dir as a Path.
     Raises:
-        ValueError: the folder holds a run of another configuration, or any run under resume="never".
+        ValueError: the folder holds a run of another configuration, or any run under resume="never", or another
+            process is working there.
+        OSError: the folder cannot be made or written.
     """
     run_dir = Path(run_dir)
+    run_lock.claim(run_dir)
     problem = None
     if distributed.is_main():
+        now = masked(_plain(OmegaConf.create(config.dump(cfg))))
         if has_progress(run_dir):
             problem = _overwrite_problem(run_dir, getattr(getattr(cfg, "train", None), "resume", "auto"))
             path = run_dir / "config.yaml"
             if problem is None and path.is_file():
-                old, new = OmegaConf.load(path), OmegaConf.create(config.dump(cfg))
-                problem = difference(OmegaConf.to_container(old), OmegaConf.to_container(new), path, may_differ)
+                problem = difference(masked(_plain(OmegaConf.load(path))), now, path, may_differ)
         digests = {name: _digest(Path(file)) for name, file in (inputs or {}).items() if Path(file).is_file()}
         if problem is None and has_progress(run_dir):
             problem = _input_problem(run_dir / "inputs.json", digests)
         if problem is None:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            config.save(cfg, run_dir / "config.yaml")
+            write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(now)))
             _note_commit(run_dir / "commit.txt")
-            (run_dir / "inputs.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+            write_whole(run_dir / "inputs.json", json.dumps(digests, indent=2) + "\n")
     problem = distributed.gather_objects(problem)[0]
     if problem is not None:
         raise ValueError(problem)
@@ -124,6 +124,10 @@ def refuse_overwrite(run_dir: Path, resume: str) -> None:
         raise ValueError(problem)
 
 
+def _plain(cfg: DictConfig | ListConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(cfg))  # a dataclass was written
+
+
 def difference(
     old: Mapping[str, Any], new: Mapping[str, Any], source: Path, may_differ: Sequence[str] = ()
 ) -> str | None:
@@ -143,12 +147,6 @@ def difference(
         "Choose another run folder for the new settings, or give the old ones to resume; to start over in "
         "this folder, move or delete it first"
     )
-
-
-def find(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, newest first."""
-    folders = sorted((run_dir / "checkpoints").glob("step_*"), key=_step, reverse=True)
-    return [folder for folder in folders if (folder / "complete").is_file()]
 
 
 def save(
@@ -189,8 +187,8 @@ def save(
     def finish() -> None:
         if distributed.is_main():
             (folder / "trainer.json").write_text(json.dumps(trainer, indent=1))
-            _mark_complete(folder)
-            _prune(run_dir, keep)
+            mark_complete(folder)
+            prune(run_dir, step, keep)
 
     # Ranks meet after each part, so that one rank's full disk does not leave the others waiting.
     for part in (make_folder, write_state, finish):
@@ -218,34 +216,29 @@ def resume(accelerator: Accelerator, run_dir: Path, settings: Mapping[str, Any])
         ValueError: the run was begun with other settings.
     """
     candidates = distributed.gather_objects(find(run_dir))[0]
-    newest = _step(candidates[0]) if candidates else -1
+    newest = step_of(candidates[0]) if candidates else -1
     for folder in (run_dir / "checkpoints").glob("step_*"):
-        if not (folder / "complete").is_file() and _step(folder) > newest:
+        if not (folder / "complete").is_file() and step_of(folder) > newest:
             _warn(f"{folder} is incomplete (the run was ended while saving); taking the one before")
     causes = []
     for folder in candidates:
         problem = failure = None
         try:
-            _check_sizes(folder)
+            check(folder, content=distributed.is_main())
             trainer = json.loads((folder / "trainer.json").read_text())
             problem = difference(trainer["settings"], settings, folder)
-            if problem is None:
-                accelerator.load_state(str(folder))
-            meters = folder / f"meters_{distributed.rank()}.json"
-            if trainer["world_size"] == distributed.world_size():
-                trainer["meters"] = json.loads(meters.read_text())
-            else:
-                trainer["meters"] = []
-                _warn(
-                    f"{folder} was saved by {trainer['world_size']} processes, this run has "
-                    f"{distributed.world_size()}: it goes on, but not bit for bit"
-                )
         except Exception as error:  # whatever a damaged file makes a reader raise
             failure = error
         if problem is not None:
             raise ValueError(problem)
+        # Ranks meet before they load as well: loading shards of a model may wait for the other ranks.
         if not distributed.all_agree(failure is not None):
-            return trainer
+            try:
+                _load(accelerator, folder, trainer)
+            except Exception as error:
+                failure = error
+            if not distributed.all_agree(failure is not None):
+                return trainer
         causes.append(_first_line(failure))
         _warn(f"{folder} cannot be loaded ({causes[-1]}); taking the one before")
     if candidates:
@@ -256,33 +249,16 @@ def resume(accelerator: Accelerator, run_dir: Path, settings: Mapping[str, Any])
     return None
 
 
-def _mark_complete(folder: Path) -> None:
-    sizes = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        sizes[str(path.relative_to(folder))] = path.stat().st_size
-        _fsync(path)
-    marker = folder / "complete"
-    marker.write_text(json.dumps(sizes))
-    _fsync(marker)
-    _fsync(folder)
-
-
-def _check_sizes(folder: Path) -> None:
-    for name, size in json.loads((folder / "complete").read_text()).items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else -1
-        if found != size:
-            raise CheckpointError(f"{name} has {found} bytes, not {size}" if found >= 0 else f"{name} is missing")
-
-
-def _prune(run_dir: Path, keep: int) -> None:
-    complete = find(run_dir)
-    newest = _step(complete[0])
-    stale = complete[keep:] if keep > 0 else []
-    for folder in (run_dir / "checkpoints").glob("step_*"):
-        if folder in stale or (folder not in complete and _step(folder) < newest):
-            # The marker goes first: a half-removed folder must not look complete.
-            (folder / "complete").unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+def _load(accelerator: Accelerator, folder: Path, trainer: dict[str, Any]) -> None:
+    accelerator.load_state(str(folder))
+    trainer["meters"] = []
+    if trainer["world_size"] == distributed.world_size():
+        trainer["meters"] = json.loads((folder / f"meters_{distributed.rank()}.json").read_text())
+    else:
+        _warn(
+            f"{folder} was saved by {trainer['world_size']} processes, this run has "
+            f"{distributed.world_size()}: it goes on, but not bit for bit"
+        )
 
 
 def _fail_together(failure: Exception | None, folder: Path, size_hint: int) -> None:
@@ -327,7 +303,7 @@ def _note_commit(path: Path) -> None:
     if lines and lines[-1] != line:
         _warn(f"the run was begun at commit {lines[-1]}, the code is now at {line}")
     if not lines or lines[-1] != line:
-        path.write_text("\n".join([*lines, line]) + "\n")
+        write_whole(path, "\n".join([*lines, line]) + "\n")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -338,25 +314,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _step(folder: Path) -> int:
-    digits = folder.name.removeprefix("step_")
-    return int(digits) if digits.isdigit() else -1
-
-
 def _first_line(error: Exception | None) -> str:
     if error is None:
         return "another rank could not"
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     # torch lists what does not fit from the second line on.
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _warn(message: str) -> None:

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gep import __version__
+from gep import __version__, folder_swap
 from gep.card import model_card as model_card
 
 FORMAT, FORMAT_VERSION = "gep", 1
@@ -69,14 +68,12 @@ def save_folder(
     }
     temporary: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-        temporary.chmod(0o755)  # mkdtemp's 0700 would follow the export to where others read it
+        temporary = folder_swap.beside(folder)
         _write(temporary / CONFIG, text)
         _write(temporary / CARD, card)
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         _sync(temporary / WEIGHTS)
-        _swap(temporary, folder)
+        folder_swap.swap(temporary, folder)
     except (OSError, SafetensorError) as error:
         kept = " The export that was there is unchanged." if folder.exists() else ""
         raise OSError(
@@ -128,6 +125,15 @@ def read_config(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     if config.get("kind") != kind:
         raise ValueError(f"{folder} holds a model of kind {config.get('kind')!r}, {kind!r} was asked for")
     return {key: value for key, value in config.items() if key not in _RESERVED}
+
+
+def kind_of(folder: str | os.PathLike[str]) -> str:
+    """What a folder says that it holds; ValueError where it is none of gep's."""
+    path = Path(folder) / CONFIG
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not of a gep export ({error}): give a folder written by gep") from error
 
 
 def read_weights(folder: str | os.PathLike[str], own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -198,29 +204,36 @@ def fetch(
     """The folder of an exported model: as it is named, or downloaded from the Hugging Face Hub.
 
     Args:
-        name: a folder, or "user/model"; the rest as huggingface_hub.snapshot_download.
+        name: a folder, "user/model" or "user/model@revision" (a branch, tag or commit).
+        revision: the same said apart; it and the rest as huggingface_hub.snapshot_download.
     Returns:
         The folder; of a download, the cached one of that commit, its files compared with the hashes that the Hub
         states for them.
     Raises:
         FileNotFoundError: it can only be a path and is no folder, or cannot be downloaded.
-        ValueError: a downloaded file has not the content that the Hub states.
+        ValueError: two revisions, or a downloaded file has not the content that the Hub states.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
             warnings.warn(f"revision = {revision!r} has no effect on the folder {folder}", stacklevel=3)
         return folder
-    name, parts = str(name), Path(name).parts
+    asked, (name, at, pinned) = str(name), str(name).partition("@")
+    if at and (not pinned or revision not in (None, pinned)):
+        fault = f"revision={revision!r} is another one" if pinned else "no branch, tag or commit after the @"
+        raise ValueError(f"{asked}: {fault}; give one")
+    revision, parts = pinned or revision, Path(name).parts
     # What can only be a path, or starts in a folder that exists, was not meant for the Hub.
     if len(parts) != 2 or name.startswith((".", "/", "~")) or Path(parts[0]).is_dir():
-        raise FileNotFoundError(f"no export at {name}: give a folder written by save_pretrained, or user/model")
+        raise FileNotFoundError(
+            f"no export at {asked}: give a folder written by save_pretrained, or user/model, or user/model@revision"
+        )
     try:
         downloaded = snapshot_download(
             name,
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
             force_download=force_download,
             local_files_only=local_files_only,
             allow_patterns=[CONFIG, WEIGHTS, CARD],
@@ -309,18 +322,3 @@ def _refuse_foreign(folder: Path) -> None:
         raise FileExistsError(
             f"{folder} holds {', '.join(foreign[:5])}, which an export would replace: choose another folder"
         )
-
-
-def _swap(new: Path, folder: Path) -> None:
-    """Move `new` to `folder`; whatever was there goes away only after that."""
-    if not folder.exists():
-        os.rename(new, folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-    os.rename(folder, old)  # onto the empty folder just made
-    try:
-        os.rename(new, folder)
-    except OSError:
-        os.rename(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

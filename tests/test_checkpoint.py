@@ -77,7 +77,7 @@ def test_checkpoints_are_complete_pruned_and_hold_the_run(tmp_path):
         run(tmp_path, train=replace(TRAIN, resume="never"))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "garbage", "marker", "missing"])
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "flip", "marker", "missing"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, capsys):
     run(tmp_path)
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
@@ -87,6 +87,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, cap
         weights.write_bytes(weights.read_bytes()[:-1])
     elif damage == "garbage":
         weights.write_bytes(b"x" * weights.stat().st_size)
+    elif damage == "flip":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
     elif damage == "marker":
         (newest / "complete").unlink()
     else:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gep import __version__, export
+from gep import __version__, export, folder_swap
 
 STATE = {
     "half": torch.tensor([1.0, -0.0, float("nan"), float("inf"), 2.0**-24]).half(),
@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_the_previous_export_whole(tmp_path):
 
 
 def test_a_failed_move_puts_the_previous_export_back(tmp_path, monkeypatch):
-    folder, rename, calls = save(tmp_path / "e", round=1), export.os.rename, []
+    folder, rename, calls = save(tmp_path / "e", round=1), folder_swap.os.rename, []
 
     def failing(source, target):
         calls.append(source)
@@ -98,7 +98,8 @@ def test_a_failed_move_puts_the_previous_export_back(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         rename(source, target)
 
-    monkeypatch.setattr(export.os, "rename", failing)
+    monkeypatch.setattr(folder_swap, "_exchange", lambda one, two: False)
+    monkeypatch.setattr(folder_swap.os, "rename", failing)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path / "e", round=2)
     assert export.load_folder(folder, "gep")[0]["round"] == 1
@@ -206,3 +207,11 @@ def test_card_has_front_matter_and_tables():
     for line in ("# A model", "| encoder.arch | nano |", "| encoder.mean | – |", "| zero_shot | 95.1235 |"):
         assert line in body.splitlines()
     assert "| train | a\\|b |" in body and "```python\nx = 1\n```" in body
+
+
+def test_a_long_card_is_cut():
+    metrics = {"all": {"rmse": 1.0}, "sequences": {f"s{k:04d}": k for k in range(5000)}}
+    config = {"classes": [f"class {k}" for k in range(1000)]}
+    card = export.model_card(title="A", summary="B", config=config, metrics=metrics)
+    assert len(card.splitlines()) < 100 and len(card) < 4000
+    assert "| all.rmse | 1 |" in card and "| … | 4,941 more in config.json |" in card and "'class 9'" in card

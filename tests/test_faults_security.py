@@ -1,0 +1,81 @@
+"""Hostile settings end in one error and run nothing; secrets in settings do not reach the run folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from gep import config
+from gep.checkpoint import prepare_run_dir
+from gep.config import ConfigError
+from gep.engine import TrainConfig
+from gep.mask import masked
+
+TOKEN = "hf_" + "aB3" * 11
+ADDRESS = f"https://someone:pa55word@host.example/a/x-000.tar?X-Amz-Signature={'f' * 64}&t=1"
+YAML = {
+    "object": "train: !!python/object/apply:os.system ['touch {touched}']",
+    "name": "train: !!python/name:os.system",
+    "bomb": "a: &a [x, x, x, x, x, x, x, x]\n"
+    + "\n".join(f"{n}: &{n} [{', '.join([f'*{p}'] * 9)}]" for p, n in zip("abcdefgh", "bcdefghi")),
+    "deep": "run: " + "[" * 3000,
+    "deep keys": "{a: " * 2000,
+    "not a number": "train: {steps: .nan}",
+    "infinite": "train: {steps: .inf}",
+    "huge": "train: {steps: 1.0e+400}",
+    "word": "train: {steps: [1, 2]}",
+    "negative": "train: {batch_size: -1}",
+    "resolver": "run: ${eval:1}",
+    "bytes": "run: !!binary aGVsbG8=",
+    "bad text": "run: \x00",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: str = "r"
+    """folder"""
+    root: str = ""
+    """data"""
+    others: list[str] = field(default_factory=list)
+    """more"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """steps"""
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_hostile_yaml_is_one_error(name: str, tmp_path: Path) -> None:
+    path, touched = tmp_path / "bad.yaml", tmp_path / "touched"
+    path.write_text(YAML[name].replace("{touched}", str(touched)), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        config.load(Config, [str(path)])
+    assert not touched.exists() and len(str(caught.value)) < 4000
+
+
+def test_settings_are_kept_without_their_secrets(tmp_path: Path) -> None:
+    cfg = Config(
+        run=str(tmp_path / "run"), root=ADDRESS, others=[f"pipe:curl -H {TOKEN}", "s3://bucket/{000..009}.tar"]
+    )
+    run = prepare_run_dir(cfg.run, cfg)
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
+    prepare_run_dir(cfg.run, cfg)  # known again, though what was kept is not the same
+    written = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file()).decode()
+    assert not any(secret in written for secret in (TOKEN, "pa55word", "someone", "ffff"))
+    kept = config.load(Config, [str(run / "config.yaml")])
+    assert kept.root == "https://***@host.example/a/x-000.tar?***"
+    assert kept.others == ["pipe:curl -H ***", "s3://bucket/{000..009}.tar"]
+    with pytest.raises(ValueError, match="root: ") as caught:
+        prepare_run_dir(cfg.run, Config(root=ADDRESS.replace("host", "other"), others=cfg.others))
+    assert "pa55word" not in str(caught.value) and "ffff" not in str(caught.value)
+
+
+def test_plain_settings_are_kept_as_they_are() -> None:
+    plain = {
+        "a": ["runs/hf_small", "hf://datasets/user/set@main/x.tar", "user@host"],
+        "b": {"c": 1, "d": None},
+        "?": "x?y",
+    }
+    assert masked(plain) == plain
