@@ -1,5 +1,7 @@
 """What fit() costs beside a bare loop over the same module, batches and optimiser: `python bench/engine.py`.
 
+Then what bf16 and the fused optimiser are worth in a step of the bare loop, against fp32 and AdamW's other kernels.
+
 Both train a copy of one task in one process, in blocks taken in turn (fit, bare, fit, ...): a busy spell
 hits both. fit logs every 10 steps and checks every step for NaN; the bare loop clips and steps, no more.
 The batches come from memory: what is measured is the engine, not the loader.
@@ -12,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +23,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.common import print_header, print_table
+from bench.common import medians, print_header, print_table
+from gep.accelerator import cpu_bf16, precision_of
 from gep.engine import TrainConfig, fit, make_accelerator
 from gep.models.encoder import EventEncoder
 from gep.models.presets import preset
@@ -62,8 +66,51 @@ def main(argv: list[str] | None = None) -> float:
     ]
     print_table(["loop", "median [ms/step]", "min", "max"], rows)
     print(f"{options.preset}, batch {options.batch}, {options.blocks} blocks of {BLOCK} steps of each kind")
-    print(f"**fit / bare loop = {ratio:.3f}** (target <= 1.05)")
+    print(f"**fit / bare loop = {ratio:.3f}** (target <= 1.05)\n")
+    precisions(options)
+    optimisers(options)
     return ratio
+
+
+def precisions(options: argparse.Namespace) -> None:
+    """Prints the stage-1 student's step in bf16 over that in fp32."""
+    torch.manual_seed(0)
+    task = TokenRegression(options.preset).to(device := torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    batches = _batches(task, options.batch, device)
+    steps = 10 * BLOCK
+    loops = {name: BareLoop(copy.deepcopy(task), OptimConfig(lr=1e-5), steps, name) for name in ("no", "bf16")}
+    seconds = medians({name: partial(_whole_step, loop, batches[0]) for name, loop in loops.items()}, BLOCK)
+    flags = ", ".join(cpu_bf16()) or "neither AMX nor AVX512-BF16"
+    rows = [[name, f"{1e3 * s:.2f}", f"{seconds['no'] / s:.2f}"] for name, s in seconds.items()]
+    print_table(["precision", "median [ms/step]", "fp32 / this"], rows)
+    print(f"bf16 in this CPU: {flags}; `train.precision=auto` is {precision_of('auto')} here\n")
+
+
+def optimisers(options: argparse.Namespace) -> None:
+    """Prints what an update of all parameters takes by each of AdamW's kernels."""
+    cfg = OptimConfig(lr=1e-5)
+    arms = {}
+    for name, kind in {"fused": {}, "foreach": {"fused": False, "foreach": True}, "loop": {"fused": False}}.items():
+        task = TokenRegression(options.preset).to("cuda" if torch.cuda.is_available() else "cpu")
+        groups = param_groups(task, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        for parameter in task.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        own = make_optimizer(groups, cfg)
+        plain = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
+        arms[name] = partial(_update, torch.optim.AdamW(plain, **kind) if kind else own)
+    seconds = medians(arms, 2 * BLOCK)
+    rows = [[name, f"{1e3 * s:.2f}", f"{s / seconds['fused']:.2f}"] for name, s in seconds.items()]
+    print_table(["AdamW", "median [ms/update]", "this / fused"], rows)
+
+
+def _whole_step(loop: "BareLoop", batch: dict[str, Tensor]) -> None:
+    loop.step(batch)
+    _now(batch["x"].device)
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+    _now(optimizer.param_groups[0]["params"][0].device)
 
 
 def measure(options: argparse.Namespace) -> tuple[list[float], list[float]]:

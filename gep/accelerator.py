@@ -4,8 +4,10 @@ import argparse
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -18,10 +20,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gep import distributed
+from gep.cpu import use_fast_kernels
 from gep.logs import check_trackers
 
 # What accelerate's prepare leaves on a module it does not wrap.
 PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +53,8 @@ class TrainConfig:
     """steps between checkpoints; 0 saves only at the end"""
     keep_checkpoints: int = 2
     """newest checkpoints to keep; 0 keeps all"""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """mixed precision; `accelerate launch --mixed_precision` wins over it"""
+    precision: Literal["no", "bf16", "fp16", "auto"] = "no"
+    """mixed precision; auto = bf16 where the device computes in it; `accelerate launch --mixed_precision` wins"""
     ema: float = 0.0
     """decay of a moving average of the trained weights, which is then evaluated and exported; 0 = off, 0.999 usual"""
     trackers: list[str] = field(default_factory=list)
@@ -58,6 +63,8 @@ class TrainConfig:
     """auto goes on from the newest checkpoint; never refuses a run folder that holds results"""
     compile: bool = False
     """torch.compile the task"""
+    checkpointing: bool = False
+    """keep a block's input alone and run it again when going backward: less memory, a third more work"""
     progress: bool = True
     """show progress on stderr"""
 
@@ -94,8 +101,9 @@ def make_accelerator(
     """
     _start_cpu_processes()
     _keep_freed_memory()
+    use_fast_kernels()
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    precision = train.precision if launched == "no" else launched
+    precision = precision_of(train.precision) if launched == "no" else launched
     # One process may run several stages: the process group stays, the precision may change.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -125,6 +133,41 @@ def make_accelerator(
     return accelerator
 
 
+def precision_of(asked: str) -> str:
+    """ "no", "bf16" or "fp16" as asked; "auto" is bf16 on a GPU or CPU with instructions for it, else "no"."""
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if cpu_bf16() else "no"
+
+
+def cpu_bf16() -> list[str]:
+    """Which of its bf16 instructions this machine's CPU has: "amx_bf16", "avx512_bf16"; none where that is unknown."""
+    if not _CPU_INFO.is_file():
+        return []
+    flags = next((line.split() for line in _CPU_INFO.read_text().splitlines() if line.startswith("flags")), [])
+    return [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
+
+
+def set_up_blocks(task: nn.Module, train: TrainConfig) -> None:
+    """Turns activation checkpointing and compilation of a task on, as `train` says; warns where it has no effect."""
+    if train.checkpointing and not set_checkpointing(task, True):
+        warnings.warn(f"train.checkpointing=true has no effect: {type(task).__name__} has no blocks", stacklevel=2)
+    if train.compile:
+        # A graph that does not compile falls back to eager with a warning instead of ending the run.
+        torch._dynamo.config.suppress_errors = True
+        task.compile()
+
+
+def set_checkpointing(task: nn.Module, on: bool) -> int:
+    """Activation checkpointing in all parts that offer `set_grad_checkpointing`; returns how many they are."""
+    setters = [getattr(part, "set_grad_checkpointing", None) for part in task.modules()]
+    for setter in (offered := [setter for setter in setters if callable(setter)]):
+        setter(on)
+    return len(offered)
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mapping):
         return {name: to_device(item, device) for name, item in value.items()}
@@ -144,7 +187,7 @@ def gather_parameters(task: nn.Module) -> None:
     """Make FSDP2's sharded parameters whole, so that a trained task can be exported; on every rank."""
     for module in task.modules():
         for name, parameter in module._parameters.items():
-            if hasattr(parameter, "full_tensor"):
+            if parameter is not None and hasattr(parameter, "full_tensor"):
                 whole = parameter.full_tensor().detach()
                 module._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
 

@@ -20,13 +20,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from gep import checkpoint, distributed
+from gep import checkpoint, distributed, run_lock
 from gep.accelerator import (
     PREPARED,
     TrainConfig,
     can_defer,
     gather_parameters,
     make_accelerator,
+    set_checkpointing,
+    set_up_blocks,
     set_up_deepspeed,
     to_device,
 )
@@ -38,12 +40,10 @@ Batch = dict[str, Any]
 BatchesFrom = Callable[[int], Iterator[Sequence[Batch]]]
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 
-
 __all__ = ["TrainConfig", "fit", "make_accelerator"]
 
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _PLAIN = (*_WHOLE, DistributedType.FSDP)
-
 # With several GPUs, ranks ask each other about a stop signal this often [steps]: asking waits for the device.
 _STOP_EVERY = 10
 
@@ -83,10 +83,10 @@ def fit(
     Raises:
         NonFiniteError: a loss or gradient norm that is not a number; the weights did not take that step.
         CheckpointError: a checkpoint could not be written, or none can be read.
-        ValueError: other settings than the run was begun with, or batches of the wrong form.
+        ValueError: other settings than the run was begun with, another run in its folder, or batches of the wrong form.
     """
     run_dir = Path(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_lock.claim(run_dir)
     checkpoint.refuse_overwrite(run_dir, train.resume)
     distributed.seed_all(train.seed, per_rank=True)
     if groups is None:
@@ -98,10 +98,13 @@ def fit(
             stopped_at = run.loop(batches, evaluate, stop, progress)
     finally:
         run.release()
+        run_lock.release(run_dir)
     if stopped_at is not None:
         _say(f"{stop.name or 'stopped'}: step {run.step} is saved in {stopped_at}; the same command goes on")
         accelerator.end_training()
         raise SystemExit(0)
+    if train.progress and run.step > run.begun:
+        _say(f"{run.clock.data_wait:.1%} of the training time was waiting for data")
     run.average.swap()
     gather_parameters(task)
     return run.last
@@ -125,10 +128,7 @@ class _Run:
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.deepspeed:
             set_up_deepspeed(accelerator, train, optim.clip_norm)
-        if train.compile:
-            # A graph that does not compile falls back to eager with a warning instead of ending the run.
-            torch._dynamo.config.suppress_errors = True
-            task.compile()
+        set_up_blocks(task, train)
         # accelerate puts its own forward on the module: remember what was there.
         self._own = {name: task.__dict__[name] for name in PREPARED if name in task.__dict__}
         # A checkpoint holds the weights, two moments of each, and their average.
@@ -148,8 +148,7 @@ class _Run:
         deferred = can_defer(accelerator, inner) if deferred is None else deferred
         fp16 = accelerator.mixed_precision == "fp16"
         self.watch = FiniteWatch(accelerator.device, inner, deferred=deferred, fp16=fp16)
-        self.meters = Meters()
-        self.clock = Clock()
+        self.meters, self.clock = Meters(), Clock()
         self.step = 0
         self.last: dict[str, float] = {}
         settings = {
@@ -162,7 +161,8 @@ class _Run:
     def resume(self) -> None:
         """Take up the newest checkpoint, cut the logs back to it, and start the trackers."""
         saved = checkpoint.resume(self.accelerator, self.run_dir, self.settings) or {}
-        self.step, self.last = saved.get("step", 0), saved.get("last", {})
+        self.step = self.begun = saved.get("step", 0)
+        self.last = saved.get("last", {})
         self.meters.load_state_dict(saved.get("meters", []))
         self.metrics = JsonlWriter(self.run_dir / "metrics.jsonl", keep=saved.get("metrics_bytes", 0))
         self.speed = JsonlWriter(self.run_dir / "speed.jsonl", keep=saved.get("speed_bytes", 0))
@@ -201,7 +201,7 @@ class _Run:
             if log_due:
                 self.log(progress)
             with self.clock.pausing():
-                if eval_due:
+                if evaluate is not None and eval_due:
                     self.evaluate(evaluate)
                 if save_due:
                     folder = self.save()
@@ -230,18 +230,18 @@ class _Run:
 
     def _backward(self, micro_batches: Sequence[Batch], keys: list[list[str]], stop: bool) -> list[Tensor]:
         hasty, count = self.deepspeed, len(micro_batches)
-        has_context = hasattr(self.task, "context")
-        if has_context:
+        make_context = getattr(self.task, "context", None)
+        if make_context is not None:
             if self.accelerator.is_fsdp2:  # no forward of the root is there to gather its parameters
                 self.model.unshard()
             with torch.no_grad(), self.accelerator.autocast():
-                context = self.task.context(micro_batches)
+                context = make_context(micro_batches)
         losses = []
         for index, batch in enumerate(micro_batches):
             is_last = index == count - 1
             self.accelerator.sync_gradients = is_last
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                values = self.model(batch, context=context, index=index) if has_context else self.model(batch)
+                values = self.model(batch, context=context, index=index) if make_context else self.model(batch)
                 loss = _loss_of(self.task, values)
                 losses.append(loss.detach())
                 if hasty:  # DeepSpeed takes the step inside backward
@@ -306,6 +306,8 @@ class _Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers = []
+        if self.train.checkpointing:
+            set_checkpointing(self.task, False)
         for name in PREPARED:
             self.task.__dict__.pop(name, None)
         self.task.__dict__.update(self._own)

@@ -135,6 +135,7 @@ class Clock:
         self._began = self._lap = time.perf_counter()
         self._waited = self._paused = 0.0
         self._steps = 0
+        self._all_waited = self._all_spent = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -161,8 +162,14 @@ class Clock:
             "data_wait": round(self._waited / spent, 4),
             "seconds": round(now - self._began, 3),
         }
+        self._all_waited, self._all_spent = self._all_waited + self._waited, self._all_spent + spent
         self._lap, self._waited, self._paused, self._steps = now, 0.0, 0.0, 0
         return rates
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time of all laps that was waiting for data."""
+        return self._all_waited / max(self._all_spent, 1e-9)
 
 
 class Progress:
@@ -210,6 +217,11 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics for people: four decimals, but three significant digits at least; 2e-05 is not 0.0."""
+    return {name: round(v, 4) if abs(v) >= 0.1 or v != v else float(f"{v:.3g}") for name, v in metrics.items()}
 
 
 def _clock(seconds: float) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import nn
@@ -188,16 +188,22 @@ def _under(name: str, prefix: str) -> bool:
 def _undecayed_names(module: nn.Module) -> set[str]:
     names = set()
     for path, sub in module.named_modules():
-        if callable(getattr(sub, "no_weight_decay", None)):
-            names |= {f"{path}.{name}" if path else name for name in sub.no_weight_decay()}
+        if callable(own := getattr(sub, "no_weight_decay", None)):
+            names |= {f"{path}.{name}" if path else name for name in own()}
     return names
 
 
-def _layered_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
+class _Layered(Protocol):
+    num_layers: int
+
+    def layer_id(self, name: str) -> int: ...
+
+
+def _layered_modules(module: nn.Module) -> list[tuple[str, _Layered]]:
     """Outermost modules that number their layers, e.g. the event encoder."""
-    found: list[tuple[str, nn.Module]] = []
+    found: list[tuple[str, _Layered]] = []
     for path, sub in module.named_modules():
         offers = callable(getattr(sub, "layer_id", None)) and hasattr(sub, "num_layers")
         if offers and not any(_under(path, outer) for outer, _ in found):
-            found.append((path, sub))
+            found.append((path, cast(_Layered, sub)))
     return found

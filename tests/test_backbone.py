@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gep.models.backbone import BACKBONES, EVENT, IMAGE, Backbone, KVCache, backbone_preset
-from gep.models.layers import Attention, RMSNorm, Rotary, SwiGLU, rotate
+from gep.models.backbone import EVENT, IMAGE, Backbone, KVCache
+from gep.models.layers import Attention, RMSNorm, Rotary, Sight, SwiGLU, rotate
+from gep.models.presets import BACKBONES, backbone_preset
 
 GRID, DIM, FRAMES = (2, 3), 10, 4
 
@@ -176,7 +177,7 @@ def test_attention_against_a_float64_loop():
     x, mask = torch.randn(1, length, 12), torch.rand(length, length) > 0.4
     mask |= torch.eye(length, dtype=torch.bool)
     angle = torch.randn(1, 1, length, d // 2)
-    got, _ = layer(x, angle.cos(), angle.sin(), mask[None, None])
+    got, _ = layer(x, angle.cos(), angle.sin(), Sight(mask[None, None]))
 
     def rms(v, weight):
         return v / math.sqrt((v * v).mean() + 1e-6) * weight.double().numpy()

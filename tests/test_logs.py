@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gep import logs
-from gep.logs import Clock, JsonlWriter, Meters, Progress, check_trackers
+from gep.logs import Clock, JsonlWriter, Meters, Progress, check_trackers, shown
 
 
 def test_jsonl_is_cut_back_and_appended(tmp_path):
@@ -90,6 +90,13 @@ def test_progress_off_a_terminal_is_ten_lines(capsys):
     with Progress(10, enabled=False) as progress:
         progress.advance()
     assert capsys.readouterr().err == ""
+
+
+def test_small_values_are_not_shown_as_zero():
+    given = {"lr": 2.34567e-5, "loss": 0.123456, "r1": 93.75123, "off": 0.0, "neg": -3e-9, "nan": math.nan}
+    found = shown(given)
+    assert str(found.pop("nan")) == "nan"
+    assert found == {"lr": 2.35e-5, "loss": 0.1235, "r1": 93.7512, "off": 0.0, "neg": -3e-9}
 
 
 def test_clock_counts_waiting_and_leaves_out_pauses(monkeypatch):

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gep import cli
+from gep.models import backbone as module
 from gep.models.backbone import Backbone
 from gep.models.encoder import EventEncoder
 from gep.models.teacher import FrozenVFM
@@ -27,6 +28,7 @@ from gep.plan.workload import _mean_of_longest, read, stage_of
 ROOT = Path(__file__).resolve().parent.parent
 NMNIST1, NMNIST2 = (str(ROOT / f"configs/stage{stage}/nmnist.yaml") for stage in (1, 2))
 SMALL1, SMALL2 = (str(ROOT / f"configs/stage{stage}/gep_small.yaml") for stage in (1, 2))
+NO_CROPS = [f"data.mix.{name}.augment.crop_area_min=1" for name in ("nimagenet", "dsec")]
 ENCODERS = {
     "nano": (36, 42),
     "vit_tiny_patch16_224": (48, 32),
@@ -80,12 +82,28 @@ def test_encoder_operations_are_torchs(arch: str) -> None:
     mine = count.tower_flops(tower).times(3) + count.linear(tower.head_weights, 3)
     found = counted(lambda: encoder.embed(torch.empty(3, 5, *size, device="meta")).sum())
     assert found == (mine.forward, mine.backward)
+    encoder.set_grad_checkpointing()
+    found = counted(lambda: encoder.embed(torch.empty(3, 5, *size, device="meta")).sum())
+    assert sum(found) == mine.total + 3 * count.blocks_again(tower)
     assert tower.parameters == sum(p.numel() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("arch", ["nano", "vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_a_sparse_encoder_is_counted_by_what_it_keeps(arch: str) -> None:
+    size = ENCODERS[arch]
+    keywords = {"arch": arch, "in_chans": 2, "img_size": size, "keep": 0.3}
+    encoder = EventEncoder(**keywords)
+    tower = towers.encoder_tower(encoder, *size)
+    mine = count.tower_flops(towers.kept_tower(tower, 0.3)).times(3)
+    assert counted(lambda: encoder(torch.rand(3, 2, *size))[0].sum()) == (mine.forward, mine.backward)
+    assert towers.kept_tower(tower, 1.0) == tower
+    half = towers.kept_tower(tower, "active")
+    assert half.length == tower.length - tower.patches + -(-tower.patches // 2)
 
 
 @pytest.mark.parametrize("order", ["token", "frame"])
 @pytest.mark.parametrize("image", [True, False])
-def test_backbone_operations_are_torchs(order: str, image: bool) -> None:
+def test_backbone_operations_are_torchs(order: str, image: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = Backbone(40, width=96, depth=3, heads=4, order=order)
     tower = towers.backbone_tower(backbone, 4 * 6)
 
@@ -94,9 +112,16 @@ def test_backbone_operations_are_torchs(order: str, image: bool) -> None:
         output = backbone(torch.randn(2, 4, 6, 40), modality, torch.arange(8).view(2, 4) * 1000, (2, 3))
         return output.next.sum() + (output.image.sum() if image else 0)
 
-    mine = count.backbone_flops(tower, 40, 2, causal=False, next_head=True, image_head=image).times(2)
+    mine = count.backbone_flops(tower, 40, 2, keys=None, next_head=True, image_head=image).times(2)
     assert counted(run) == (mine.forward, mine.backward)
-    causal = count.attention(24, 96, causal=True)
+    backbone.set_grad_checkpointing()
+    assert sum(counted(run)) == mine.total + 2 * count.blocks_again(tower)
+    backbone.set_grad_checkpointing(False)
+    if order == "frame":
+        monkeypatch.setattr(module, "SLICED", 6)
+        mine = count.backbone_flops(tower, 40, 2, keys=(24 + 6) / 2, next_head=True, image_head=image).times(2)
+        assert counted(run) == (mine.forward, mine.backward)
+    causal = count.attention(24, 96, keys=25 / 2)
     assert causal.forward == sum(2 * 2 * 96 * (query + 1) for query in range(24))
 
 
@@ -107,6 +132,16 @@ def test_image_models_are_counted_without_weights() -> None:
     forward, _ = counted(lambda: teacher.features(torch.zeros(1, 3, 32, 32))[1].sum())
     assert forward == count.tower_flops(tower).forward
     assert (tower.patches, tower.width, tower.pooled) == (4, 192, 192)
+
+    for name in ("vit_wee_patch16_reg1_gap_256", "vit_small_patch16_18x2_224", "vit_base_patch16_xp_224"):
+        tower = towers.teacher_tower(f"timm:{name}", 32, 32)
+        with torch.device("meta"):
+            teacher = FrozenVFM.from_spec(f"timm:{name}", pretrained=False, device="meta")
+        forward, _ = counted(lambda: teacher.features(torch.zeros(1, 3, 32, 32))[1].sum())  # noqa: B023
+        assert forward == count.tower_flops(tower).forward
+    for name in ("convnext_base", "swin_base_patch4_window7_224"):
+        with pytest.raises(ValueError, match="no ViT image tower: choose a ViT-"):
+            towers.teacher_tower(f"open_clip:{name}", 224, 224)
 
     tower = towers.teacher_tower("open_clip:ViT-B-32/openai", 64, 64)
     with torch.device("meta"):
@@ -159,10 +194,11 @@ def test_measured_steps_are_predicted() -> None:
     rates = Device(
         name="cpu", bf16_tflops=0.1, fp32_tflops=0.05, memory_gib=8, bandwidth_gbs=10, link_gbs=5, source="test"
     )
-    for files in ([NMNIST1, "loss.similarity=1", "data.pick=2"], [NMNIST2, "data.windows=3"]):
+    checked = "train.checkpointing=true"
+    for files in ([NMNIST1, "loss.similarity=1", "data.pick=2"], [NMNIST2, "data.windows=3"], [NMNIST1, checked]):
         found = measure(read([*files, "teacher.name=export:none"]), rates, batch=8, steps=1, events=200)
         assert found.flops == pytest.approx(found.flops_predicted, rel=1e-3)
-        assert found.bytes_predicted == pytest.approx(found.bytes, rel=0.15)
+        assert found.bytes_predicted == pytest.approx(found.bytes, rel=0.2 if checked in files else 0.15)
         assert found.batch == 8 and found.seconds > 0
 
 
@@ -180,14 +216,21 @@ def test_workloads_of_the_published_configs() -> None:
     assert (first.windows, first.images, first.tokens, first.encoder.length) == (1, 1, 256, 261)
     # Of the three sources one gives clips (20 %); a device has one sequence at a time, so nothing is padded.
     assert second.images == pytest.approx(0.8 * 1 + 0.2 * 4)
-    assert (second.frames, second.backbone.length, second.causal) == (8, 2048, True)
+    assert (second.frames, second.backbone.length, second.attention) == (8, 2048, "causal")
     assert need.events_a_window(first, 1_000.0) == (pytest.approx(0.7 * 30_000 + 0.3 * 1_000), True)
     with pytest.raises(ValueError, match="64 does not divide over 5 devices"):
         read([SMALL1], gpus=5)
     with pytest.raises(ValueError, match="--stage1 FILE"):
         read([SMALL2, "model=elsewhere"])
     other = read([SMALL2, "model=elsewhere", "sequence.events=1"], stage1=[SMALL1])
-    assert other.padded and not other.causal and other.max_frames == 8
+    assert other.padded and other.attention == "mask" and other.max_frames == 8
+    framed = read([SMALL2, "backbone.order=frame"], gpus=8)
+    assert (framed.attention, framed.keys(2048)) == ("frames", (2048 + 256) / 2)
+    limited = read([SMALL2, "backbone.order=frame", "backbone.span=3"], gpus=8)
+    assert (limited.attention, limited.keys(2048)) == ("mask", None)
+    # Stage 2 encodes as its stage 1 does.
+    sparse = read([SMALL2, "model=elsewhere"], stage1=[SMALL1, "encoder.keep=0.25"])
+    assert sparse.encoder.length == 5 + 64 and sparse.tokens == 256 and not sparse.assumed_active
     with pytest.raises(ValueError, match="choose a pair of equal patch"):
         read([SMALL1, "teacher.name=timm:vit_base_patch16_224"])
 
@@ -216,6 +259,11 @@ def test_plan_says_what_would_fit() -> None:
     assert not found.fits and options["train.accumulate"].fits and not options["train.precision"].fits
     chosen = int(options["train.accumulate"].change.split("=")[1])
     assert 4096 // chosen <= found.largest_micro_batch < 4096 // (chosen // 2)
+    checked = options["train.checkpointing"]
+    assert checked.bytes < sum(found.memory.values()) and checked.step_s > found.pace.step_s
+    just = work.with_train(batch_size=2 * found.largest_micro_batch)
+    fitting = {option.change: option.fits for option in plan(just, Setup(device=device_of("rtx4090"))).options}
+    assert fitting["train.checkpointing=true"] and not fitting["teacher.cache=FOLDER"]
     refused = plan(read([SMALL1, "train.batch_size=4096", "encoder.drop_path=0.1"]), Setup(device=device_of("l4")))
     assert any("drop_path" in option.change and not option.fits for option in refused.options)
     base = Setup(device=DEVICES["h200"], gpus=8)
@@ -230,7 +278,24 @@ def test_pace_by_mfu_is_plain_arithmetic() -> None:
     assert found.samples_per_s == pytest.approx(64 / found.step_s)
     assert found.hours == pytest.approx(240_000 * found.step_s / 3600)
     assert pace_of(work, device, gpus=8, scale=2).step_s == pytest.approx(2 * pace_of(work, device, gpus=8).step_s)
-    assert pace_of(work, device, gpus=8, cached_teacher=True).step_s < pace_of(work, device, gpus=8).step_s
+
+
+def test_tokens_from_disk_are_counted_in_time_memory_and_storage() -> None:
+    device = DEVICES["h200"]
+    for live, stored in (
+        (read([SMALL1]), read([SMALL1, "teacher.cache=c", *NO_CROPS])),
+        (read([SMALL2]), read([SMALL2, "tokens=t"])),
+    ):
+        assert stored.cached and not live.cached
+        assert pace_of(stored, device).step_s < pace_of(live, device).step_s
+        held = [need.device_bytes(work, gpus=1) for work in (live, stored)]
+        assert held[0]["frozen weights"] > 4e6 and "frozen weights" not in held[1]
+        assert need.disk_bytes(live) == need.disk_bytes(stored)
+        assert all(part.frozen == 0 for part in cost.parts(stored))
+    wide = read([SMALL1, "teacher.cache=c", "teacher.cache_dtype=fp32", *NO_CROPS])
+    assert need.token_bytes(wide) == 4 * (256 + 1) * 384 == 2 * need.token_bytes(read([SMALL1]))
+    assert need.sample_bytes(wide, 10) == {"events": 130.0, "tokens": 4 * 257 * 384}
+    assert need.token_bytes(stored) == 2 * 256 * 384 * (4 + stored.images)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

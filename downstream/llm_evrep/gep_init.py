@@ -111,8 +111,9 @@ class GEPGenerator(nn.Module):
             ValueError: another number of channels.
         """
         check_channels(frames, self.in_chans)
-        frames, (height, width) = pad_to_multiple(frames, self.encoder.patch_size)
-        half = tuple(-(-side // 2) for side in frames.shape[-2:])
+        empty = self.encoder.background / self.frame_scale
+        frames, (height, width) = pad_to_multiple(frames, self.encoder.patch_size, empty)
+        half = -(-frames.shape[-2] // 2), -(-frames.shape[-1] // 2)
         x = self.grid_blocks(self.read(self._tokens(frames)))
         x = self.half_blocks(enlarged(self.to_half(x), half))
         x = self.full_blocks(beside(self.to_full(x), self.stem(channels_last_on_cpu(frames))))

@@ -14,7 +14,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -40,6 +41,12 @@ class SampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, index: int, rng: np.random.Generator | None) -> Sample: ...
+
+
+class DescribedSource(SampleSource, Protocol):
+    """A sample source that says what it holds."""
+
+    def describe(self) -> str: ...
 
 
 class Order:
@@ -141,7 +148,7 @@ class Batches:
         if self.threads:
             micro_batches = _in_threads(reader, self._requests(start_step), self.threads)
         elif self.num_workers == 0:
-            micro_batches = (reader[request] for request in self._requests(start_step))
+            micro_batches = (_pinned(reader[request]) for request in self._requests(start_step))
         else:
             micro_batches = iter(
                 DataLoader(
@@ -192,7 +199,7 @@ def _in_threads(reader: _Reader, requests: Iterator[list[tuple[int, int]]], thre
         own.reader = pickle.loads(copies)
 
     def read(request: list[tuple[int, int]]) -> Batch:
-        return own.reader[request]
+        return _pinned(own.reader[request])
 
     with ThreadPoolExecutor(threads, "data", initializer=copy_reader) as pool:
         pending: deque[Future[Batch]] = deque()
@@ -204,6 +211,29 @@ def _in_threads(reader: _Reader, requests: Iterator[list[tuple[int, int]]], thre
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _pinned(batch: Batch) -> Batch:
+    """The batch in page-locked memory where there is a GPU: only from there a copy does not hold up the host."""
+    if not torch.cuda.is_available():
+        return batch
+    return {name: value.pin_memory() if hasattr(value, "pin_memory") else value for name, value in batch.items()}
+
+
+class _Generator:
+    """numpy's generator of a sample, made when it is first drawn from: seeding one is dear, and some never draw."""
+
+    def __init__(self, *entropy: int):
+        self._entropy = entropy
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._made, name)
+        setattr(self, name, value)
+        return value
+
+    @cached_property
+    def _made(self) -> np.random.Generator:
+        return np.random.default_rng(self._entropy)
 
 
 def _close(stream: weakref.ref[Generator[list[Batch], None, None]]) -> None:
@@ -239,7 +269,8 @@ class _Reader(TorchDataset):
         chosen = index
         for attempt in range(_TRIES):
             try:
-                return self.source.sample(chosen, np.random.default_rng([_STREAM, self.seed, position]))
+                rng = cast(np.random.Generator, _Generator(_STREAM, self.seed, position))
+                return self.source.sample(chosen, rng)
             except (BadSample, EventFormatError) as error:
                 if attempt == 0:
                     self._count(error)

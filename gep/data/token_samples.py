@@ -93,8 +93,8 @@ class TokenSequences:
 
     def sample(self, index: int, rng: np.random.Generator | None) -> Sample:
         sample = self.source.sample(index, rng)
-        drawn = rng is not None and self._mixed
-        sample["layout"] = int(rng.choice(len(self._odds), p=self._odds)) if drawn else self._likeliest
+        drawn = rng if self._mixed else None
+        sample["layout"] = self._likeliest if drawn is None else int(drawn.choice(len(self._odds), p=self._odds))
         return sample
 
 

@@ -1,8 +1,8 @@
 """Networks: the event encoder, the frozen image model it is aligned to, and the backbone over its tokens."""
 
-from gep.models.backbone import BACKBONES, EVENT, IMAGE, Backbone, BackboneOutput, KVCache, backbone_preset
+from gep.models.backbone import EVENT, IMAGE, Backbone, BackboneOutput, KVCache
 from gep.models.encoder import EventEncoder, InitReport
-from gep.models.presets import PRESETS, Preset, preset
+from gep.models.presets import BACKBONES, PRESETS, Preset, backbone_preset, preset
 from gep.models.teacher import FrozenVFM, ImageModel
 
 __all__ = [

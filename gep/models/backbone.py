@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from gep.models.layers import Block, RMSNorm, Rotary
+from gep.models.layers import Block, RMSNorm, Rotary, Sight
 
 EVENT, IMAGE = 0, 1
 """Indices of the two modalities."""
+SLICED = 64
+"""Frames of so many tokens attend slice by slice; smaller ones under a mask, as calls then cost more than they save."""
 
 
 class BackboneOutput(NamedTuple):
@@ -113,6 +117,7 @@ class Backbone(nn.Module):
         }
         self.token_dim, self.width, self.num_layers = token_dim, width, depth
         self.order, self.modalities, self.span = order, modalities, span
+        self.grad_checkpointing = False
         self.rotary = Rotary(width // heads, min_us, max_us)
         self.in_proj = nn.Linear(token_dim, width)
         self.modality = nn.Embedding(modalities, width)
@@ -131,7 +136,7 @@ class Backbone(nn.Module):
                     nn.init.zeros_(module.bias)
         # Layer-normed tokens have unit variance: keep it, or the modality embedding and the norms drown them.
         nn.init.normal_(self.in_proj.weight, std=self.token_dim**-0.5)
-        for block in self.blocks:
+        for block in (module for module in self.modules() if isinstance(module, Block)):
             for out in (block.attention.out, block.feed_forward.down):
                 nn.init.trunc_normal_(out.weight, std=0.02 * (2 * len(self.blocks)) ** -0.5)
 
@@ -144,6 +149,10 @@ class Backbone(nn.Module):
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
         return 0 if name.startswith(("in_proj.", "modality.")) else self.num_layers + 1
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade compute for memory in the blocks, wherever there is no cache."""
+        self.grad_checkpointing = enable
 
     def forward(
         self,
@@ -220,15 +229,17 @@ class Backbone(nn.Module):
             raise ValueError("t_us must be an integer tensor of µs: float32 cannot hold absolute times")
         past, span = (0, self.span) if cache is None else (cache.num_frames, self.span_of(cache))
         cos, sin = self.rotary.angles(grid, self._elapsed(t_us, valid, cache))
-        mask, is_causal = self._mask(num, past, count, valid, cache, frames.device)
+        sight = self._sight(num, past, count, valid, cache, frames.device)
 
         tokens = F.layer_norm(frames, (dim,))
         x = self.in_proj(tokens) + self.modality(modality)[:, :, None]
         x = x.reshape(batch, num * count, self.width)
         states: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
-            kept = cache.layers[i] if past else None
-            x, kept = block(x, cos, sin, mask, is_causal, kept)
+            if self.grad_checkpointing and cache is None:
+                x, _ = checkpoint(block, x, cos, sin, sight, use_reentrant=False)
+            else:
+                x, kept = block(x, cos, sin, sight, cache.layers[i] if cache is not None and past else None)
             if cache is not None:
                 drop = 0 if span is None else max(0, past + num - span + 1) * count
                 cache.layers[i : i + 1] = [(kept[0][:, :, drop:], kept[1][:, :, drop:])]
@@ -286,7 +297,7 @@ class Backbone(nn.Module):
         elapsed = t_us - origin[:, None]
         return elapsed if valid is None else elapsed.masked_fill(~valid, 0)
 
-    def _mask(
+    def _sight(
         self,
         num: int,
         past: int,
@@ -294,15 +305,18 @@ class Backbone(nn.Module):
         valid: Tensor | None,
         cache: KVCache | None,
         device: torch.device,
-    ) -> tuple[Tensor | None, bool]:
-        """Mask (B or 1, 1, num * count, (past + num) * count) or None, and whether is_causal does it."""
+    ) -> Sight:
+        """What tokens see: by a kernel that needs no mask where there is one, else by a mask."""
         span = self.span if cache is None else self.span_of(cache)
         limited = span is not None and past + num > span
         padded = valid is not None or (cache is not None and cache.padded)
-        if not limited and not padded and not past and self.order == "token":
-            return None, True
-        if not limited and not padded and num == 1 and self.order == "frame":
-            return None, False
+        whole = not limited and not padded
+        if whole and not past and self.order == "token":
+            return Sight(is_causal=True)
+        if whole and num == 1 and self.order == "frame":
+            return Sight()
+        if whole and not past and self.order == "frame" and (count >= SLICED or not use_fused_attn()):
+            return Sight(frame=count)
         query = torch.arange(past, past + num, device=device)[:, None]
         key = torch.arange(past + num, device=device)[None]
         seen = (key <= query)[None]
@@ -310,7 +324,7 @@ class Backbone(nn.Module):
             seen = seen & (key > query - span)
         if padded:
             ok = torch.ones(1, num, dtype=torch.bool, device=device) if valid is None else valid
-            if past:
+            if cache is not None and cache.valid is not None and past:
                 before = cache.valid
                 ok = torch.cat([before, ok.expand(before.shape[0], num)], dim=1)
             seen = (seen & ok[:, None]) | (key == query)  # a padded frame sees itself: no row may be empty
@@ -318,7 +332,7 @@ class Backbone(nn.Module):
         if self.order == "token":
             row = torch.arange(past * count, (past + num) * count, device=device)[:, None]
             mask = mask & (torch.arange((past + num) * count, device=device) <= row)
-        return mask[:, None], False
+        return Sight(mask[:, None])
 
     def _remember(self, cache: KVCache, valid: Tensor | None, batch: int, num: int, device: torch.device) -> None:
         cache.padded = cache.padded or valid is not None
@@ -326,22 +340,3 @@ class Backbone(nn.Module):
         seen = new if cache.valid is None else torch.cat([cache.valid, new], dim=1)
         span = self.span_of(cache)
         cache.valid = seen if span is None else seen[:, max(0, seen.shape[1] - (span - 1)) :]
-
-
-BACKBONES: Mapping[str, dict[str, int]] = {
-    "nano": {"width": 96, "depth": 3, "heads": 4},
-    "small": {"width": 384, "depth": 12, "heads": 6},
-    "base": {"width": 768, "depth": 12, "heads": 12},
-}
-"""Sizes by name; "small" is the one of the paper."""
-
-
-def backbone_preset(name: str) -> dict[str, int]:
-    """Width, depth and heads of a named size.
-
-    Raises:
-        ValueError: the name is not one of BACKBONES.
-    """
-    if name not in BACKBONES:
-        raise ValueError(f"unknown backbone preset {name!r}: choose one of {', '.join(BACKBONES)}")
-    return dict(BACKBONES[name])

@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from gep.models.backbone import Backbone, backbone_preset
+from gep.models.backbone import Backbone
 from gep.models.encoder import EventEncoder
-from gep.models.presets import preset
+from gep.models.presets import backbone_preset, preset
 from gep.models.sparse import check_keep
 from gep.models.teacher import FrozenVFM
 
@@ -29,20 +29,24 @@ class TeacherConfig:
     random: bool = False
     """random weights, for trying a configuration out without a download; never for real runs"""
 
-    def build(self, *, encoder_preset: str | None = None, device: torch.device | str = "cpu") -> FrozenVFM:
-        """The frozen model on `device`.
-
-        Raises:
-            ValueError: no name, and the preset has none; or weights that cannot be had (see FrozenVFM).
-        """
+    def spec(self, encoder_preset: str | None = None) -> str:
+        """The model's name, or that of the preset's own; ValueError where there is neither."""
         name = self.name or (preset(encoder_preset).teacher if encoder_preset else None)
         if not name:
             raise ValueError(
                 f"teacher.name is empty and the encoder preset {encoder_preset!r} has no teacher of its own; "
                 "name one: timm:<name>, open_clip:<arch>/<tag> or export:<folder>"
             )
+        return name
+
+    def build(self, *, encoder_preset: str | None = None, device: torch.device | str = "cpu") -> FrozenVFM:
+        """The frozen model on `device`.
+
+        Raises:
+            ValueError: no name, and the preset has none; or weights that cannot be had (see FrozenVFM).
+        """
         return FrozenVFM.from_spec(
-            name,
+            self.spec(encoder_preset),
             file=self.file,
             image_size=self.image_size or None,
             pool=self.pool,

@@ -16,12 +16,14 @@ from gep.models.vit import (
     build_vit,
     check_kept,
     final_norm,
+    round_periods,
     spread_depths,
     vit_grid,
     vit_intermediates,
     vit_kept_tokens,
     vit_tokens,
 )
+from gep.models.vit_type import ViT
 
 _FIRST_CONVS = ("patch_embed.proj.weight", "patch_embed.conv1.weight")
 
@@ -56,8 +58,10 @@ class InitReport:
 class HasVisual(Protocol):
     """The part of FrozenVFM that an encoder starts from."""
 
-    visual: nn.Module | None
-    """timm ViT."""
+    @property
+    def visual(self) -> ViT | None:
+        """timm ViT."""
+
     visual_reason: str
     """Why it is None."""
 
@@ -81,9 +85,13 @@ class EventEncoder(nn.Module):
         keep: share of the patches that is encoded, in (0, 1], the most active first; "active" = all with events;
             1 = dense.
         background: what the representation gives a pixel without events; activity is the distance from it.
+        rope_bf16: rotary periods rounded to bfloat16, as DINOv3's releases hold them.
     Raises:
         ValueError: values that do not fit together, or a ViT that cannot leave patches out.
     """
+
+    _mean: Tensor
+    _std: Tensor
 
     def __init__(
         self,
@@ -97,6 +105,7 @@ class EventEncoder(nn.Module):
         drop_path: float = 0.0,
         keep: float | str = 1.0,
         background: float = 0.0,
+        rope_bf16: bool = False,
     ) -> None:
         super().__init__()
         img_size = (int(img_size[0]), int(img_size[1]))
@@ -116,10 +125,13 @@ class EventEncoder(nn.Module):
             "drop_path": drop_path,
             "keep": check_keep(keep),
             "background": float(background),
+            "rope_bf16": rope_bf16,
         }
         self.keep: float | str = self.config["keep"]
         self.background: float = self.config["background"]
         self.vit = build_vit(arch, in_chans, img_size, drop_path)
+        if rope_bf16:
+            round_periods(self.vit, arch)
         self.in_chans = in_chans
         self.embed_dim: int = self.vit.embed_dim
         self.patch_size: tuple[int, int] = tuple(self.vit.patch_embed.patch_size)
@@ -242,7 +254,7 @@ class EventEncoder(nn.Module):
         return self.init_from(teacher.visual)
 
     @torch.no_grad()
-    def init_from(self, teacher: nn.Module) -> InitReport:
+    def init_from(self, teacher: ViT | EventEncoder) -> InitReport:
         """Copy every parameter of an image ViT that fits; adapt the first convolution and the positions.
 
         Args:
@@ -270,7 +282,7 @@ class EventEncoder(nn.Module):
         unused = tuple(name for name in source if name not in target)
         return InitReport(tuple(copied), tuple(adapted), tuple(left), unused)
 
-    def _fit(self, name: str, value: Tensor, into: Tensor, teacher: nn.Module) -> tuple[Tensor | None, str]:
+    def _fit(self, name: str, value: Tensor, into: Tensor, teacher: ViT) -> tuple[Tensor | None, str]:
         """`value` made to fit `into`, and how ("" = as it was); None where it cannot."""
         if name == "pos_embed" and value.shape[-1] == into.shape[-1]:
             old, new = tuple(teacher.patch_embed.grid_size), tuple(self.vit.patch_embed.grid_size)
@@ -281,10 +293,10 @@ class EventEncoder(nn.Module):
         if value.shape == into.shape:
             return value, ""
         if name in _FIRST_CONVS and value.shape[0] == into.shape[0] and value.shape[2:] == into.shape[2:]:
-            old, new = value.shape[1], into.shape[1]
+            given, own = value.shape[1], into.shape[1]
             # An input that is the same in all channels keeps its response, whatever their number.
-            value = value.mean(1, keepdim=True).expand_as(into) * (old / new)
-            return value, f"mean over {old} channels, scaled by {old}/{new} for {new}"
+            value = value.mean(1, keepdim=True).expand_as(into) * (given / own)
+            return value, f"mean over {given} channels, scaled by {given}/{own} for {own}"
         return None, ""
 
 

@@ -33,3 +33,22 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"unknown encoder preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+BACKBONES: Mapping[str, dict[str, int]] = {
+    "nano": {"width": 96, "depth": 3, "heads": 4},
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+}
+"""Sizes by name; "small" is the one of the paper."""
+
+
+def backbone_preset(name: str) -> dict[str, int]:
+    """Width, depth and heads of a named size.
+
+    Raises:
+        ValueError: the name is not one of BACKBONES.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone preset {name!r}: choose one of {', '.join(BACKBONES)}")
+    return dict(BACKBONES[name])

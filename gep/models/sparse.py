@@ -18,7 +18,7 @@ _ROUND = 8
 class Kept(NamedTuple):
     """The patches of B windows that are encoded."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nothing calls
     """(B, K) int64, ascending places in raster order, none twice."""
     real: Tensor | None
     """(B, K) bool, False = padding that no token may attend to; None = all are real."""
@@ -73,7 +73,7 @@ def choose(activity: Tensor, keep: float | str, num_prefix: int = 0) -> Kept:
     """
     num = activity.shape[1]
     order = activity.argsort(dim=1, descending=True, stable=True)
-    if keep != ACTIVE:
+    if not isinstance(keep, str):
         # The tolerance keeps 0.1 * 30 at 3.
         return Kept(order[:, : math.ceil(keep * num - 1e-9)].sort(dim=1).values, None)
     active = activity > 0

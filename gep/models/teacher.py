@@ -16,6 +16,7 @@ from gep.export_schema import CLASSES, ENCODER, RECORDED, record
 from gep.models import teacher_clip, teacher_timm
 from gep.models.encoder import EventEncoder
 from gep.models.vit import vit_grid, vit_tokens
+from gep.models.vit_type import ViT
 from gep.pretrained import Pretrained
 
 KIND = "vfm"
@@ -102,7 +103,7 @@ class FrozenVFM:
         model: nn.Module,
         forward: Callable[[Tensor], tuple[Tensor, Tensor]],
         *,
-        visual: Callable[[], nn.Module] | None,
+        visual: Callable[[], ViT] | None,
         visual_reason: str,
         embed_dim: int,
         pooled_dim: int,
@@ -217,7 +218,7 @@ class FrozenVFM:
         return self._grid(*(self.image_size or (height, width)))
 
     @property
-    def visual(self) -> nn.Module | None:
+    def visual(self) -> ViT | None:
         """The timm ViT that an encoder can start from (see `EventEncoder.init_from`), or None."""
         return None if self._visual is None else self._visual()
 
@@ -249,7 +250,7 @@ def as_float(image: Tensor) -> Tensor:
     return image.float() / 255 if image.dtype == torch.uint8 else image.float()
 
 
-def _vit_forward(vit: nn.Module, pool: str, spec: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _vit_forward(vit: ViT, pool: str, spec: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     if pool == "cls" and getattr(vit, "cls_token", None) is None:
         raise ValueError(f"teacher {spec} has no class token: set teacher.pool=mean")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 from open_clip.factory import load_checkpoint
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gep.export import load_strict
 from gep.models.teacher_timm import download
 from gep.models.vit import split_tokens
+from gep.models.vit_type import ViT
 
 
 def build(name: str, *, file: Path | None, size: tuple[int, int] | None, pretrained: bool) -> dict[str, Any]:
@@ -61,9 +62,9 @@ def _load_file(model: nn.Module, file: Path, spec: str) -> None:
         raise ValueError(f"teacher.file {file} does not hold the weights of {spec}: {cause}") from error
 
 
-def _parts(spec: str, arch: str, model: nn.Module, known: dict[str, Any]) -> dict[str, Any]:
+def _parts(spec: str, arch: str, model: open_clip.CLIP, known: dict[str, Any]) -> dict[str, Any]:
     tower = model.visual
-    visual: Callable[[], nn.Module] | None = None
+    visual: Callable[[], ViT] | None = None
     reason = ""
     if isinstance(tower, VisionTransformer):
         tower.output_tokens = True
@@ -101,7 +102,7 @@ def _parts(spec: str, arch: str, model: nn.Module, known: dict[str, Any]) -> dic
     }
 
 
-def timm_copy(tower: VisionTransformer) -> nn.Module:
+def timm_copy(tower: VisionTransformer) -> ViT:
     """A timm ViT with the weights and the tokens of open_clip's image tower, to start an encoder from."""
     block = tower.transformer.resblocks[0]
     width = block.ln_1.normalized_shape[0]
@@ -122,10 +123,10 @@ def timm_copy(tower: VisionTransformer) -> nn.Module:
     state = timm_vit.checkpoint_filter_fn(state, vit)
     state = {name: value for name, value in state.items() if not name.startswith("head.")}
     load_strict(vit, state, source="open_clip's image tower")
-    return vit.requires_grad_(False).eval()
+    return cast(ViT, vit.requires_grad_(False).eval())
 
 
-def _trunk(tower: TimmModel) -> nn.Module:
+def _trunk(tower: TimmModel) -> ViT:
     return tower.trunk
 
 
@@ -149,6 +150,6 @@ def _grid(spec: str, size: tuple[int, int], patch: tuple[int, int], height: int,
     return height // patch[0], width // patch[1]
 
 
-def _text(arch: str, model: nn.Module, prompts: Sequence[str]) -> Tensor:
+def _text(arch: str, model: open_clip.CLIP, prompts: Sequence[str]) -> Tensor:
     tokenizer = download(f"{arch}'s tokenizer", lambda: open_clip.get_tokenizer(arch))
     return model.encode_text(tokenizer(list(prompts)).to(model.logit_scale.device))

@@ -5,7 +5,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from gep.export import load_strict
 from gep.models.vit import plain_vit
+from gep.models.vit_type import ViT
 
 T = TypeVar("T")
 
 
-def build(name: str, *, file: Path | None, size: tuple[int, int] | None, pretrained: bool) -> nn.Module:
+def build(name: str, *, file: Path | None, size: tuple[int, int] | None, pretrained: bool) -> ViT:
     """A timm ViT without its heads, of dynamic input size.
 
     Args:
@@ -40,7 +41,7 @@ def build(name: str, *, file: Path | None, size: tuple[int, int] | None, pretrai
     known = timm.list_pretrained(arch)
     if name not in known and (name != arch or (pretrained and file is None and not known)):
         raise ValueError(f"timm has no weights {name!r}: choose one of {', '.join(known) or 'none'}")
-    options = {"num_classes": 0, "dynamic_img_size": True, "img_size": size}
+    options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, "img_size": size}
     if file is not None:
         vit = timm.create_model(name, pretrained=False, **options)
         _load_file(vit, file, f"timm:{name}")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, PatchEmbed, apply_keep_indices_nlc
+from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from gep.models.vit_type import ViT
 
 
 class ConvStem(nn.Module):
@@ -41,7 +45,7 @@ class ConvStem(nn.Module):
     ) -> None:
         super().__init__()
         assert patch_size == 6 and output_fmt == "NHWC" and not dynamic_img_pad and not strict_img_size
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_size = (patch_size, patch_size)
         self.img_size = img_size
         self.grid_size = self.dynamic_feat_size(img_size)
@@ -90,14 +94,14 @@ def _nano(in_chans: int, img_size: tuple[int, int], drop_path: float) -> VisionT
     return vit
 
 
-def build_vit(arch: str, in_chans: int, img_size: tuple[int, int], drop_path: float = 0.0) -> nn.Module:
+def build_vit(arch: str, in_chans: int, img_size: tuple[int, int], drop_path: float = 0.0) -> ViT:
     """A randomly initialised ViT of dynamic input size without a head.
 
     Raises:
         ValueError: unknown `arch`, or one without a grid of patch tokens.
     """
     if arch == "nano":
-        return _nano(in_chans, img_size, drop_path)
+        return cast(ViT, _nano(in_chans, img_size, drop_path))
     if not arch.startswith("vit_") or arch.split(".")[0] not in timm.list_models("vit_*"):
         near = timm.list_models(f"*{arch.split('.')[0].split('_')[-1]}*", module="vision_transformer")[:8]
         raise ValueError(
@@ -121,21 +125,44 @@ def build_vit(arch: str, in_chans: int, img_size: tuple[int, int], drop_path: fl
     return plain_vit(vit, arch)
 
 
-def plain_vit(vit: nn.Module, name: str) -> nn.Module:
-    """Checks that `vit` gives a grid of patch tokens, and drops its pooling head (unused parameters upset
+def plain_vit(model: nn.Module, name: str) -> ViT:
+    """Checks that a model gives a grid of patch tokens, and drops its pooling head (unused parameters upset
     DDP).
 
     Raises:
         ValueError: it is not a ViT.
     """
-    if not all(hasattr(vit, part) for part in ("blocks", "num_prefix_tokens", "patch_embed")):
-        raise ValueError(f"{name} ({type(vit).__name__}) has no patch tokens: choose a vit_* model")
+    if not all(hasattr(model, part) for part in ("blocks", "num_prefix_tokens", "patch_embed")):
+        raise ValueError(f"{name} ({type(model).__name__}) has no patch tokens: choose a vit_* model")
+    vit = cast(ViT, model)
     if getattr(vit, "attn_pool", None) is not None:
         vit.attn_pool = None
     return vit
 
 
-def vit_tokens(vit: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+class _RoundedRope(RotaryEmbeddingDinoV3):
+    """timm's, with periods that went through bfloat16 once; a class, as a cast of the module computes them anew."""
+
+    def _compute_periods(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+        return super()._compute_periods().bfloat16().to(device=device, dtype=dtype)
+
+
+def round_periods(vit: nn.Module, name: str) -> None:
+    """Makes a DINOv3 ViT turn its queries and keys by periods rounded to bfloat16, as its releases hold them.
+
+    Raises:
+        ValueError: another ViT.
+    """
+    rope = getattr(vit, "rope", None)
+    if type(rope) is not RotaryEmbeddingDinoV3:
+        raise ValueError(f"rope_bf16 has no meaning for encoder arch {name!r}, which is no DINOv3: leave it out")
+    rope.__class__ = _RoundedRope
+    rope.register_buffer("periods", rope._compute_periods(device=rope.get_buffer("periods").device), persistent=False)
+    if rope.feat_shape is not None:
+        rope._cache_embed(rope.feat_shape)
+
+
+def vit_tokens(vit: ViT, x: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens of a timm ViT after its final norm, split.
 
     Args:
@@ -146,7 +173,7 @@ def vit_tokens(vit: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return split_tokens(vit, vit.forward_features(x))
 
 
-def vit_intermediates(vit: nn.Module, x: Tensor, depths: Sequence[int]) -> list[Tensor]:
+def vit_intermediates(vit: ViT, x: Tensor, depths: Sequence[int]) -> list[Tensor]:
     """Patch tokens after some of a timm ViT's blocks, each through the final norm.
 
     Args:
@@ -161,9 +188,7 @@ def vit_intermediates(vit: nn.Module, x: Tensor, depths: Sequence[int]) -> list[
     return [norm(state) for state in states]
 
 
-def vit_kept_tokens(
-    vit: nn.Module, x: Tensor, index: Tensor, real: Tensor | None, depths: Sequence[int]
-) -> list[Tensor]:
+def vit_kept_tokens(vit: ViT, x: Tensor, index: Tensor, real: Tensor | None, depths: Sequence[int]) -> list[Tensor]:
     """Patch tokens after some of a timm ViT's blocks, which see the prefix tokens and some of the patches alone.
 
     Args:
@@ -176,12 +201,13 @@ def vit_kept_tokens(
     """
     prefix = vit.num_prefix_tokens
     # The ViT itself adds prefix and positions, to a grid that is empty.
-    place = vit._pos_embed(x.new_zeros(1, *vit_grid(vit, *x.shape[-2:]), vit.embed_dim))
-    place, rope = place if isinstance(place, tuple) else (place, None)
+    rows, columns = vit_grid(vit, *x.shape[-2:])
+    placed = vit._pos_embed(x.new_zeros(1, rows, columns, vit.embed_dim))
+    place, rope = placed if isinstance(placed, tuple) else (placed, None)
     patches = _kept_patches(vit.patch_embed, x, index) + F.embedding(index, place[0, prefix:])
     x = vit.norm_pre(torch.cat([place[:, :prefix].expand(len(x), -1, -1), patches], dim=1))
 
-    given: dict[str, Tensor] = {}
+    given: dict[str, Any] = {}
     if real is not None:
         given["attn_mask"] = F.pad(real, (prefix, 0), value=True)[:, None, None]
     mixed = rope is not None and getattr(vit, "rope_mixed", False)
@@ -208,7 +234,7 @@ def check_kept(vit: nn.Module, name: str) -> None:
         )
 
 
-def _kept_patches(embed: nn.Module, x: Tensor, index: Tensor) -> Tensor:
+def _kept_patches(embed: PatchEmbed, x: Tensor, index: Tensor) -> Tensor:
     """(B, K, D) embedded patches; where patches do not overlap the others are not even embedded."""
     if type(embed) is not PatchEmbed:
         every = embed(x).flatten(1, 2)
@@ -220,7 +246,7 @@ def _kept_patches(embed: nn.Module, x: Tensor, index: Tensor) -> Tensor:
     return embed.norm(F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias))
 
 
-def final_norm(vit: nn.Module) -> nn.Module:
+def final_norm(vit: ViT) -> nn.Module:
     """The norm that all of a ViT's tokens pass last; models that pool first keep it elsewhere."""
     return vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
 
@@ -230,14 +256,14 @@ def spread_depths(num_layers: int, num: int) -> list[int]:
     return [max(1, (2 * (i + 1) * num_layers + num) // (2 * num)) for i in range(num)]
 
 
-def split_tokens(vit: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+def split_tokens(vit: ViT, features: Tensor) -> tuple[Tensor, Tensor]:
     """Prefix and patch tokens of `vit.forward_features`'s result, with the final norm applied."""
     if isinstance(vit.norm, nn.Identity):  # models that pool first keep their final norm here
         features = vit.fc_norm(features)
     return features[:, : vit.num_prefix_tokens], features[:, vit.num_prefix_tokens :]
 
 
-def vit_grid(vit: nn.Module, height: int, width: int) -> tuple[int, int]:
+def vit_grid(vit: ViT, height: int, width: int) -> tuple[int, int]:
     """Tokens (h, w) that an input of `height` x `width` gives.
 
     Raises:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
+from gep.accelerator import precision_of
 from gep.plan import report
 from gep.plan.devices import device_of, present
 from gep.plan.measure import Measured, measure
@@ -33,11 +34,12 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         raise ValueError("--batch has no effect without --measure; the run's own is train.batch_size=N")
     device = device_of(arguments.device)
     work = read(argv, gpus=arguments.gpus, stage=arguments.stage, stage1=arguments.stage1)
+    if work.cfg.train.precision == "auto":
+        work = work.with_train(precision="bf16" if device.name != "cpu" else precision_of("auto"))
     setup = Setup(
         device=device,
         gpus=arguments.gpus,
         sharded=arguments.sharding == "fsdp",
-        checkpointing=arguments.checkpointing,
         mfu=arguments.mfu,
         events=arguments.events,
     )

@@ -30,15 +30,14 @@ class Part:
     """How often a sample runs through it (windows, images, sequences)."""
 
 
-def parts(work: Workload, *, gpus: int = 1, checkpointing: bool = False) -> list[Part]:
+def parts(work: Workload, *, gpus: int = 1) -> list[Part]:
     """The parts of a stage, in data order.
 
     Args:
         work: the stage.
         gpus: devices that share a batch.
-        checkpointing: whether the trained blocks run forward again in the backward pass.
     """
-    return _first(work, gpus, checkpointing) if work.stage == 1 else _second(work, checkpointing)
+    return _first(work, gpus) if work.stage == 1 else _second(work)
 
 
 def caches_features(work: Workload) -> bool:
@@ -52,7 +51,7 @@ def trained_parameters(work: Workload) -> int:
     return work.encoder.parameters if work.backbone is None else work.backbone.parameters
 
 
-def _first(work: Workload, gpus: int, checkpointing: bool) -> list[Part]:
+def _first(work: Workload, gpus: int) -> list[Part]:
     cfg, encoder, teacher = work.cfg, work.encoder, work.teacher
     assert isinstance(cfg, Stage1Config) and teacher is not None
     twice = caches_features(work)
@@ -60,8 +59,8 @@ def _first(work: Workload, gpus: int, checkpointing: bool) -> list[Part]:
     if cfg.loss.contrastive:
         student += count.linear(encoder.head_weights, 1)
     again = student.forward if twice else 0.0
-    if checkpointing:
-        again += count.blocks(encoder).forward * work.windows
+    if cfg.train.checkpointing:
+        again += count.blocks_again(encoder) * work.windows
     image = _frozen(teacher)
     loss = Flops()
     if cfg.loss.contrastive:
@@ -71,7 +70,7 @@ def _first(work: Workload, gpus: int, checkpointing: bool) -> list[Part]:
         loss += count.contrast_flops(cfg.train.batch_size, teacher.pooled, softmax=softmax).times(repeats)
     if cfg.loss.similarity:
         loss += count.similarity_flops(work.tokens, encoder.width).times(work.windows)
-    return [
+    found = [
         Part(
             name="event encoder",
             trained=encoder.parameters,
@@ -79,32 +78,32 @@ def _first(work: Workload, gpus: int, checkpointing: bool) -> list[Part]:
             flops=student,
             again=again,
             passes=work.windows,
-        ),
-        Part(
-            name="image model",
-            trained=0,
-            frozen=teacher.parameters,
-            flops=image,
-            again=image.forward if twice else 0.0,
-            passes=1,
-        ),
-        Part(name="losses", trained=0, frozen=0, flops=loss, passes=1),
+        )
     ]
+    if not work.cached:
+        again = image.forward if twice else 0.0
+        found.append(Part(name="image model", trained=0, frozen=teacher.parameters, flops=image, again=again, passes=1))
+    return [*found, Part(name="losses", trained=0, frozen=0, flops=loss, passes=1)]
 
 
-def _second(work: Workload, checkpointing: bool) -> list[Part]:
+def _second(work: Workload) -> list[Part]:
     cfg, backbone = work.cfg, work.backbone
     assert isinstance(cfg, Stage2Config) and backbone is not None
     share = work.frames / work.max_frames
+    mean = _of_length(backbone, round(backbone.length * share))
+    keys = work.keys(mean.length)
     flops = count.backbone_flops(
-        _of_length(backbone, round(backbone.length * share)),
+        mean,
         work.encoder.width,
         MODALITIES,
-        causal=work.causal,
+        keys=keys,
         next_head=bool(cfg.loss.next or cfg.loss.contrastive),
         image_head=bool(cfg.loss.image),
     )
-    again = count.blocks(backbone, causal=work.causal).forward * share if checkpointing else 0.0
+    again = count.blocks_again(mean, keys=keys) if cfg.train.checkpointing else 0.0
+    trained = Part(name="backbone", trained=backbone.parameters, frozen=0, flops=flops, again=again, passes=1)
+    if work.cached:
+        return [trained]
     found = [
         Part(
             name="event encoder",
@@ -118,10 +117,7 @@ def _second(work: Workload, checkpointing: bool) -> list[Part]:
         flops_image = _frozen(work.teacher).times(work.images)
         frozen = work.teacher.parameters
         found.append(Part(name="image model", trained=0, frozen=frozen, flops=flops_image, passes=work.images))
-    found.append(
-        Part(name="backbone", trained=backbone.parameters, frozen=0, flops=flops, again=again, passes=1),
-    )
-    return found
+    return [*found, trained]
 
 
 def _frozen(teacher: Tower) -> Flops:

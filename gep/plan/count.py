@@ -40,24 +40,31 @@ def linear(weights: float, rows: float, *, to_input: bool = True, to_weights: bo
     return Flops(forward, forward * (to_input + to_weights))
 
 
-def attention(length: float, features: float, *, causal: bool = False) -> Flops:
-    """Scores and their weighted sum over `length` tokens.
+def attention(length: float, features: float, *, keys: float | None = None) -> Flops:
+    """Scores and their weighted sum over `length` tokens, each with so many keys on the mean (None = with all).
 
-    The backward pass counts twice the forward; kernels that do the scores again for it do more. A strictly causal
-    kernel skips what lies ahead: (length + 1) / 2 keys a query. A mask skips nothing.
+    The backward pass counts twice the forward; kernels that do the scores again for it do more.
     """
-    keys = (length + 1) / 2 if causal else length
-    forward = 4 * length * keys * features
+    forward = 4 * length * (length if keys is None else keys) * features
     return Flops(forward, 2 * forward)
 
 
-def blocks(tower: Tower, *, causal: bool = False) -> Flops:
+def blocks(tower: Tower, *, keys: float | None = None) -> Flops:
     """All transformer blocks, one image or sequence."""
     parts = (
-        linear(block.weights, tower.length) + attention(tower.length, block.attention, causal=causal)
+        linear(block.weights, tower.length) + attention(tower.length, block.attention, keys=keys)
         for block in tower.blocks
     )
     return sum(parts, Flops())
+
+
+def blocks_again(tower: Tower, *, keys: float | None = None) -> float:
+    """Operations of the blocks' second forward pass under activation checkpointing.
+
+    It ends where nothing more is needed: before the last product, unless a learned gain follows.
+    """
+    last = sum(0 if block.scaled else block.hidden * block.width for block in tower.blocks)
+    return blocks(tower, keys=keys).forward - 2 * last * tower.length
 
 
 def stem(tower: Tower) -> Flops:
@@ -72,7 +79,7 @@ def tower_flops(tower: Tower) -> Flops:
 
 
 def backbone_flops(
-    tower: Tower, token_dim: int, modalities: int, *, causal: bool, next_head: bool, image_head: bool
+    tower: Tower, token_dim: int, modalities: int, *, keys: float | None, next_head: bool, image_head: bool
 ) -> Flops:
     """The backbone, one sequence.
 
@@ -80,13 +87,13 @@ def backbone_flops(
         tower: from `backbone_tower`.
         token_dim: features D of the tokens it reads and predicts.
         modalities: kinds of frames, each with a map of its own in the next head.
-        causal: whether the causal kernel runs (raster order without padding or span).
+        keys: that a token attends to, the mean; None = all of the sequence, as under a mask.
         next_head, image_head: whether a loss reads them; both are computed anyway.
     """
     size = tower.width * token_dim
     heads = linear(modalities * size, tower.length) if next_head else linear(modalities * size, tower.length).frozen
     heads += linear(size, tower.length) if image_head else linear(size, tower.length).frozen
-    return linear(size, tower.length, to_input=False) + blocks(tower, causal=causal) + heads
+    return linear(size, tower.length, to_input=False) + blocks(tower, keys=keys) + heads
 
 
 def contrast_flops(candidates: int, pooled: int, *, softmax: bool = True) -> Flops:

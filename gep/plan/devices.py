@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
@@ -77,8 +78,10 @@ DEVICES: Mapping[str, Device] = {
 }
 """Devices by name; per device, not per machine."""
 
-_CUDA_NAMES = (("A100", "a100-80"), ("H100", "h100"), ("H200", "h200"), ("B200", "b200"), ("L40S", "l40s"))
-_CUDA_NAMES = (*_CUDA_NAMES, ("RTX 4090", "rtx4090"), ("RTX 3090", "rtx3090"), ("NVIDIA L4", "l4"))
+_CUDA_NAMES = (
+    *(("A100", "a100-80"), ("H100", "h100"), ("H200", "h200"), ("B200", "b200"), ("L40S", "l40s")),
+    *(("RTX 4090", "rtx4090"), ("RTX 3090", "rtx3090"), ("NVIDIA L4", "l4")),
+)
 
 
 def device_of(name: str) -> Device:
@@ -120,7 +123,7 @@ def measure_cpu(size: int = 768, repeats: int = 7) -> Device:
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        rates[dtype] = 2 * size**3 / _median(lambda a=a, b=b: a @ b, repeats) / 1e12
+        rates[dtype] = 2 * size**3 / _median(partial(torch.matmul, a, b), repeats) / 1e12
     values = torch.randn(4 * 2**20)
     bandwidth = 2 * 4 * len(values) / _median(lambda: F.gelu(values), repeats) / 1e9
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from gep.accelerator import set_checkpointing
 from gep.data.sequence import LAYOUTS, lay_out
 from gep.events.represent import Histogram
 from gep.events.types import EventBatch, Events
@@ -31,7 +32,7 @@ from gep.plan import need
 from gep.plan.cost import parts
 from gep.plan.devices import Device
 from gep.plan.pace import pace_of
-from gep.plan.workload import Stage1Config, Stage2Config, Workload, micro_batch
+from gep.plan.workload import Stage1Config, Stage2Config, Workload, attention_of, micro_batch
 from stage1_align.task import Stage1Task
 from stage2_autoregress.task import Stage2Task
 from stage2_autoregress.tokens import FrozenTokens
@@ -93,7 +94,7 @@ def measure(work: Workload, device: Device, *, batch: int = 0, steps: int = 3, e
     run.step()
     seconds = statistics.median(run.timed() for _ in range(steps))
     flops, held = run.flops(), run.peak_bytes()
-    counted = dataclasses.replace(work, causal=False)
+    counted = dataclasses.replace(work, attention="mask") if work.attention == "causal" else work
     return Measured(
         batch=size,
         flops=flops,
@@ -108,12 +109,12 @@ def measure(work: Workload, device: Device, *, batch: int = 0, steps: int = 3, e
 def _one_device(work: Workload, batch: int) -> Workload:
     """The same work without accumulation, and with sequences of one kind, the longest."""
     work = work.with_train(batch_size=batch, accumulate=1, compile=False, ema=0.0)
+    work = dataclasses.replace(work, cached=False)
     if not isinstance(work.cfg, Stage2Config):
         return work
-    span, order = work.cfg.backbone.span, work.cfg.backbone.order
-    causal = order == "token" and (not span or span >= work.max_frames)
+    attention = attention_of(work.cfg, work.tokens, work.max_frames)
     images = 0 if work.teacher is None else work.windows if work.images > 1.5 else 1
-    return dataclasses.replace(work, images=images, frames=work.max_frames, padded=False, causal=causal)
+    return dataclasses.replace(work, images=images, frames=work.max_frames, padded=False, attention=attention)
 
 
 def _affordable(work: Workload, device: Device) -> int:
@@ -138,6 +139,7 @@ class _Run:
         self.place, self.precision = place, work.cfg.train.precision
         self.task, self.teacher = _task(work, place)
         self.task.train()
+        set_checkpointing(self.task, work.cfg.train.checkpointing)
         self.batch = {name: value.to(place) if hasattr(value, "to") else value for name, value in batch.items()}
         optim = work.cfg.optim
         self.clip = optim.clip_norm
@@ -181,7 +183,8 @@ class _Run:
 
     def _held(self) -> Iterator[Tensor]:
         yield from self.task.parameters()
-        frozen = self.task.tokens.encoder.parameters() if isinstance(self.task, Stage2Task) else ()
+        tokens = self.task.tokens if isinstance(self.task, Stage2Task) else None
+        frozen = tokens.encoder.parameters() if isinstance(tokens, FrozenTokens) else ()
         yield from (*frozen, *self.teacher._model.parameters())
         yield from tree_leaves([state for state in self.optimizer.state.values()])
         for value in self.batch.values():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gep.plan import memory
-from gep.plan.cost import MODALITIES, parts, trained_parameters
+from gep.plan.cost import MODALITIES, caches_features, parts, trained_parameters
 from gep.plan.devices import MATMUL_SHARE, TRAFFIC_SHARE, Device
 from gep.plan.workload import Workload
 
@@ -52,10 +52,8 @@ def pace_of(
     *,
     gpus: int = 1,
     sharded: bool = False,
-    checkpointing: bool = False,
     mfu: float = 0.0,
     scale: float = 1.0,
-    cached_teacher: bool = False,
 ) -> Pace:
     """Predicted time of a step.
 
@@ -64,15 +62,11 @@ def pace_of(
         device: its rates.
         gpus: devices that share a batch.
         sharded: FSDP in place of DDP.
-        checkpointing: whether the trained blocks run forward again in the backward pass.
         mfu: share of the peak, in place of the three rates; 0 = by the rates.
         scale: measured ÷ predicted time of the same steps, from a calibration.
-        cached_teacher: stage 1 with the image model's tokens from disk.
     """
     train = work.cfg.train
-    found = [part for part in parts(work, gpus=gpus, checkpointing=checkpointing)]
-    if cached_teacher:
-        found = [part for part in found if part.name != "image model"]
+    found = parts(work, gpus=gpus)
     samples = train.batch_size / gpus
     needed = samples * sum(part.flops.total for part in found)
     done = needed + samples * sum(part.again for part in found)
@@ -86,8 +80,8 @@ def pace_of(
     if not mfu:
         frozen = sum(part.frozen for part in found)
         weights = train.accumulate * (12.0 * trained + 8.0 * frozen)
-        traffic = (samples * _traffic(work, checkpointing, cached_teacher) + weights) / bandwidth
-        launch = 0.0 if device.name == "cpu" else LAUNCH_S * train.accumulate * _kernels(work, cached_teacher)
+        traffic = (samples * _traffic(work) + weights) / bandwidth
+        launch = 0.0 if device.name == "cpu" else LAUNCH_S * train.accumulate * _kernels(work)
     busy = max(products + traffic, launch)
     exchange = max(0.0, _exchanged(trained, gpus, sharded, train) / (1e9 * device.link_gbs) - busy / 2)
     step = scale * (busy + optimiser + exchange)
@@ -104,35 +98,34 @@ def pace_of(
     )
 
 
-def _traffic(work: Workload, checkpointing: bool, cached_teacher: bool) -> float:
+def _traffic(work: Workload) -> float:
     """Bytes a sample moves between the products."""
     train = work.cfg.train
     mixed = train.precision != "no"
-    trained = (COMPILED_PASSES if train.compile else TRAIN_PASSES) + (FORWARD_PASSES if checkpointing else 0.0)
+    trained = (COMPILED_PASSES if train.compile else TRAIN_PASSES) + (FORWARD_PASSES if train.checkpointing else 0.0)
     images = 0.0
-    if work.teacher is not None and not cached_teacher:
+    if work.teacher is not None and not work.cached:
         images = FORWARD_PASSES * work.images * memory.tower_bytes(work.teacher, mixed=mixed)
     encoder = work.windows * memory.tower_bytes(work.encoder, mixed=mixed)
     if work.backbone is None:
-        twice = FORWARD_PASSES if _runs_twice(work) else 0.0
+        twice = FORWARD_PASSES if caches_features(work) else 0.0
         return (trained + twice) * encoder + (2 if twice else 1) * images
     sequence = memory.backbone_bytes(work.backbone, work.encoder.width, MODALITIES, mixed=mixed, heads=2)
-    return FORWARD_PASSES * encoder + images + trained * sequence * work.frames / work.max_frames
+    frozen = 0.0 if work.cached else FORWARD_PASSES * encoder
+    return frozen + images + trained * sequence * work.frames / work.max_frames
 
 
-def _kernels(work: Workload, cached_teacher: bool) -> float:
+def _kernels(work: Workload) -> float:
     """Kernels of a micro-batch; a backward pass has twice those of the forward."""
-    share = _COMPILED_SHARE if work.cfg.train.compile else 1.0
-    teacher = 0 if work.teacher is None or cached_teacher else _KERNELS * len(work.teacher.blocks)
+    train = work.cfg.train
+    share = _COMPILED_SHARE if train.compile else 1.0
+    teacher = 0 if work.teacher is None or work.cached else _KERNELS * len(work.teacher.blocks)
     encoder = _KERNELS * len(work.encoder.blocks)
     if work.backbone is None:
-        twice = _runs_twice(work)
-        return share * (3 + twice) * encoder + (1 + twice) * teacher
-    return encoder + teacher + share * 3 * _OWN_KERNELS * len(work.backbone.blocks)
-
-
-def _runs_twice(work: Workload) -> bool:
-    return any(part.again for part in parts(work) if part.name == "image model")
+        passes = 3 + train.checkpointing + (twice := caches_features(work))
+        return share * passes * encoder + (1 + twice) * teacher
+    frozen = 0 if work.cached else encoder + teacher
+    return frozen + share * (3 + train.checkpointing) * _OWN_KERNELS * len(work.backbone.blocks)
 
 
 def _exchanged(trained: int, gpus: int, sharded: bool, train: object) -> float:

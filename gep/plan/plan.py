@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gep.plan import need
+from gep.plan import need, towers
 from gep.plan.cost import Part, parts
 from gep.plan.devices import Device
 from gep.plan.pace import Pace, pace_of
@@ -27,8 +27,6 @@ class Setup:
     """How many."""
     sharded: bool = False
     """FSDP in place of DDP."""
-    checkpointing: bool = False
-    """Whether the trained blocks run forward again in the backward pass."""
     mfu: float = 0.0
     """Share of the peak in place of the three rates; 0 = by the rates."""
     scale: float = 1.0
@@ -119,9 +117,10 @@ def plan(work: Workload, setup: Setup) -> Plan:
             "accumulate": train.accumulate,
             "precision": train.precision,
             "compile": train.compile,
+            "checkpointing": train.checkpointing,
         },
         shapes=_shapes(work),
-        parts=parts(work, gpus=setup.gpus, checkpointing=setup.checkpointing),
+        parts=parts(work, gpus=setup.gpus),
         memory=held,
         usable_bytes=usable,
         fits=need.total(held) <= usable,
@@ -149,21 +148,17 @@ def _shapes(work: Workload) -> dict[str, Any]:
 
 def _held(work: Workload, setup: Setup) -> dict[str, float]:
     events, _ = need.events_a_window(work, setup.events)
-    return need.device_bytes(
-        work, gpus=setup.gpus, sharded=setup.sharded, checkpointing=setup.checkpointing, events=events
-    )
+    return need.device_bytes(work, gpus=setup.gpus, sharded=setup.sharded, events=events)
 
 
-def _pace(work: Workload, setup: Setup, *, cached_teacher: bool = False) -> Pace:
+def _pace(work: Workload, setup: Setup) -> Pace:
     return pace_of(
         work,
         setup.device,
         gpus=setup.gpus,
         sharded=setup.sharded,
-        checkpointing=setup.checkpointing,
         mfu=setup.mfu,
         scale=setup.scale,
-        cached_teacher=cached_teacher,
     )
 
 
@@ -189,6 +184,9 @@ def _options(work: Workload, setup: Setup) -> Iterator[Option]:
         yield _option("train.precision=bf16", work.with_train(precision="bf16"), setup)
     if not train.compile and setup.device.name != "cpu":
         yield _option("train.compile=true", work.with_train(compile=True), setup, note="speed alone is predicted")
+    if not fits and not train.checkpointing:
+        checked = work.with_train(checkpointing=True)
+        yield _option("train.checkpointing=true", checked, setup, note="the same numbers; blocks run forward twice")
     if not fits and (refusal := _refuses_accumulation(work)):
         yield Option(change=f"train.accumulate: {refusal}", bytes=0, fits=False, step_s=0, samples_per_s=0)
     elif not fits:
@@ -196,17 +194,10 @@ def _options(work: Workload, setup: Setup) -> Iterator[Option]:
     if not fits and setup.gpus > 1 and not setup.sharded:
         sharded = dataclasses.replace(setup, sharded=True)
         yield _option("--config_file configs/accelerate/fsdp.yaml", work, sharded, note="here: --sharding fsdp")
-    if work.stage == 1:
-        cached = _pace(work, setup, cached_teacher=True)
-        frozen = 4.0 * (work.teacher.parameters if work.teacher else 0)
-        held = need.total(_held(work, setup)) - frozen
-        yield Option(
-            change="the image model's tokens from a cache",
-            bytes=held,
-            fits=held <= setup.device.usable_bytes,
-            step_s=cached.step_s,
-            samples_per_s=cached.samples_per_s,
-        )
+    if not work.cached:
+        change = "teacher.cache=FOLDER" if work.stage == 1 else "tokens=FOLDER"
+        note = f"{need.token_bytes(work) / 1e6:.3g} MB a sample on disk"
+        yield _option(change, dataclasses.replace(work, cached=True), setup, note=note)
     if work.stage == 1 and not fits and (work.cfg.data.pick or work.cfg.data.windows) > 1:
         fewer = dataclasses.replace(work, windows=1)
         yield _option("data.pick=1", fewer, setup, note="one window a sample: another batch for the same windows")
@@ -260,6 +251,13 @@ def _notes(work: Workload, setup: Setup, assumed_events: bool) -> list[str]:
         notes.append(f"calibrated: predicted times x {setup.scale:.3g}, as measured on this machine")
     if assumed_events:
         notes.append(f"{setup.events:,.0f} events a window are assumed (--events): the config cuts by time")
+    if work.assumed_active:
+        notes.append(
+            f"encoder.keep=active: {towers.ACTIVE_SHARE:.0%} of the patches are assumed to hold events; "
+            "encoder.keep=1 gives the bound"
+        )
+    if work.cached:
+        notes.append("the frozen models' tokens come from disk; making them once is not counted")
     if work.teacher_spec == "export:":
         notes.append("teacher.name is empty: an image model of the encoder's own architecture is assumed")
     return notes

@@ -45,7 +45,8 @@ def _head(plan: Plan) -> list[str]:
         "",
         f"{train['steps']:,} steps x {train['batch_size']} samples ({train['micro_batch']} a device"
         + (f", {train['accumulate']} micro-batches" if train["accumulate"] > 1 else "")
-        + f"), precision {train['precision']}{', compiled' if train['compile'] else ''}; a sample: "
+        + f"), precision {train['precision']}{', compiled' if train['compile'] else ''}"
+        f"{', checkpointed' if train['checkpointing'] else ''}; a sample: "
         f"{shapes['windows']} windows and {_number(shapes['images'])} images of "
         f"{shapes['tokens_a_window']} tokens{sequence}",
         "",

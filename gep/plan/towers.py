@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,13 @@ from torch import nn
 
 from gep.models.backbone import Backbone
 from gep.models.encoder import EventEncoder
+from gep.models.layers import Block
+from gep.models.sparse import ACTIVE
 from gep.models.teacher import FrozenVFM
+from gep.models.vit_type import ViT
+
+ACTIVE_SHARE = 0.5
+"""Assumed share of a window's patches that hold events, for an encoder that reads those alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,19 @@ def encoder_tower(encoder: EventEncoder, height: int, width: int) -> Tower:
     return _vit(encoder.vit, "encoder", encoder, height, width, pooled=pooled, head=head)
 
 
+def kept_tower(tower: Tower, keep: float | str) -> Tower:
+    """The tower over the most active patches alone; one that embeds patches one by one embeds no others."""
+    share = ACTIVE_SHARE if keep == ACTIVE else float(keep)
+    count = math.ceil(share * tower.patches - 1e-9)
+    if count == tower.patches:
+        return tower
+    length = tower.length - tower.patches + count
+    if len(tower.convs) > 1:
+        return dataclasses.replace(tower, length=length)
+    conv = dataclasses.replace(tower.convs[0], macs=tower.convs[0].macs * count // tower.patches)
+    return dataclasses.replace(tower, length=length, convs=(conv,))
+
+
 def teacher_tower(spec: str, height: int, width: int, *, fallback: EventEncoder | None = None) -> Tower:
     """The frozen image model of a spec at an image size, without its weights.
 
@@ -110,6 +131,7 @@ def teacher_tower(spec: str, height: int, width: int, *, fallback: EventEncoder 
         with torch.device("meta"):
             model = FrozenVFM.from_spec(spec, pretrained=False, device="meta")
     model.grid(height, width)
+    assert model.visual is not None  # open_clip has its own way
     return _vit(model.visual, "teacher", model.visual, height, width, pooled=model.pooled_dim)
 
 
@@ -119,7 +141,7 @@ def backbone_tower(backbone: Backbone, tokens: int) -> Tower:
         name="backbone",
         convs=(),
         in_elements=0,
-        blocks=tuple(_own_block(block) for block in backbone.blocks),
+        blocks=tuple(_own_block(block) for block in backbone.modules() if isinstance(block, Block)),
         length=tokens,
         patches=tokens,
         width=backbone.width,
@@ -135,7 +157,7 @@ def meta_encoder(keywords: dict[str, Any]) -> EventEncoder:
         return EventEncoder(**keywords)
 
 
-def _vit(vit: nn.Module, name: str, whole: nn.Module, height: int, width: int, *, pooled: int, head: int = 0) -> Tower:
+def _vit(vit: ViT, name: str, whole: nn.Module, height: int, width: int, *, pooled: int, head: int = 0) -> Tower:
     convs = tuple(_convs(vit.patch_embed, height, width))
     rows, columns = vit.patch_embed.patch_size
     if height % rows or width % columns:
@@ -169,7 +191,7 @@ def _open_clip(spec: str, arch: str, height: int, width: int) -> Tower:
     finally:
         logging.disable(before)
     tower, whole = model.visual, _size(model)
-    if hasattr(tower, "trunk"):
+    if hasattr(tower, "trunk") and hasattr(tower.trunk, "num_prefix_tokens"):
         shape = _vit(tower.trunk, "teacher", model, height, width, pooled=0)
         head = _matrices(tower.head)
         return _replace(shape, pooled=model_width(arch), head=head, unused=whole - _size(tower))
@@ -207,7 +229,7 @@ def _convs(stem: nn.Module, height: int, width: int) -> Iterator[Conv]:
     found = [module for module in stem.modules() if isinstance(module, nn.Conv2d)]
     for conv in found:
         height, width = (
-            (size + 2 * conv.padding[axis] - conv.kernel_size[axis]) // conv.stride[axis] + 1
+            (size + 2 * int(conv.padding[axis]) - conv.kernel_size[axis]) // conv.stride[axis] + 1
             for axis, size in enumerate((height, width))
         )
         outputs = conv.out_channels * height * width
@@ -221,10 +243,12 @@ def _first_conv(stem: nn.Module) -> nn.Conv2d:
 
 def _block(block: nn.Module, width: int) -> BlockShape:
     """A block of timm's ViT or EVA, or of open_clip's own tower."""
-    attention = block.attn
-    heads = attention.num_heads
+    if not hasattr(block, "attn") or not hasattr(block, "mlp"):
+        return _parallel_block(block, width)
+    attention: Any = block.attn
+    heads: int = attention.num_heads
     inner = getattr(attention, "attn_dim", None) or getattr(attention, "head_dim", width // heads) * heads
-    mlp = [m for m in block.mlp.modules() if isinstance(m, nn.Linear)]
+    mlp = [m for m in block.get_submodule("mlp").modules() if isinstance(m, nn.Linear)]
     hidden = mlp[-1].in_features
     return BlockShape(
         width=width,
@@ -238,7 +262,21 @@ def _block(block: nn.Module, width: int) -> BlockShape:
     )
 
 
-def _own_block(block: nn.Module) -> BlockShape:
+def _parallel_block(block: nn.Module, width: int) -> BlockShape:
+    """Any other block: products exactly, attention as full width a branch; what autograd keeps is then a guess."""
+    branches: list[Any] = [module for module in block.modules() if hasattr(module, "num_heads")]
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    return BlockShape(
+        width=width,
+        attention=width * len(branches),
+        heads=sum(int(module.num_heads) for module in branches),
+        weights=_matrices(block),
+        hidden=max(module.in_features for module in linears),
+        scaled=_has_scale(block),
+    )
+
+
+def _own_block(block: Block) -> BlockShape:
     width, hidden = block.attention.out.out_features, block.feed_forward.down.in_features
     return BlockShape(
         width=width,

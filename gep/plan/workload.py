@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ import torch
 
 from gep import config
 from gep.data.config import DataConfig
+from gep.models.backbone import SLICED
 from gep.models.presets import PRESETS, preset
+from gep.models.sparse import ACTIVE
 from gep.plan import towers
 from gep.plan.towers import Tower
 from stage1_align.task import Stage1Config
@@ -53,8 +54,10 @@ class Workload:
     """Frames a sequence, the mean over batches, padding included."""
     max_frames: int = 0
     """Frames of the longest sequence."""
-    causal: bool = False
-    """Whether stage 2's attention runs in the causal kernel, without a mask."""
+    attention: Literal["mask", "causal", "frames"] = "mask"
+    """How stage 2 attends: under a mask, in the causal kernel, or frame by frame."""
+    cached: bool = False
+    """Whether the frozen models' tokens come from disk: teacher.cache, or packed tokens."""
     padded: bool = False
     """Whether sequences of one batch differ in length, so that each has a mask of its own."""
 
@@ -62,6 +65,16 @@ class Workload:
     def tokens(self) -> int:
         """Tokens N of a window or an image."""
         return self.encoder.patches
+
+    @property
+    def assumed_active(self) -> bool:
+        """Whether the share of patches that are encoded depends on the data, and is assumed."""
+        return self.encoder_keywords.get("keep") == ACTIVE
+
+    def keys(self, length: float) -> float | None:
+        """Tokens that a token of a sequence of `length` attends to in stage 2, the mean; None = under a mask, all."""
+        ahead = {"causal": 1, "frames": self.tokens}.get(self.attention)
+        return None if ahead is None else (length + ahead) / 2
 
     def with_train(self, **changes: Any) -> Workload:
         """The same with other values of `train`."""
@@ -136,6 +149,7 @@ def _first(cfg: Stage1Config) -> Workload:
         "in_chans": cfg.represent.build().channels,
         "img_size": size,
         "head_hidden": cfg.encoder.head_hidden,
+        "keep": cfg.encoder.keep,
     }
     teacher = _teacher(cfg.teacher, spec, size, keywords)
     keywords["head_dim"] = teacher.pooled
@@ -144,13 +158,14 @@ def _first(cfg: Stage1Config) -> Workload:
     return Workload(
         stage=1,
         cfg=cfg,
-        encoder=_sparse(encoder, cfg),
+        encoder=towers.kept_tower(encoder, cfg.encoder.keep),
         encoder_keywords=keywords,
         teacher=teacher,
         teacher_spec=spec,
         image_size=size,
         windows=cfg.data.pick or cfg.data.windows,
         images=1,
+        cached=bool(cfg.teacher.cache),
     )
 
 
@@ -172,11 +187,10 @@ def _second(
         lengths |= {length: lengths.get(length, 0.0) + odd} if odd else {}
     longest = max(lengths)
     backbone = towers.backbone_tower(_meta_backbone(cfg, encoder.width), longest * encoder.patches)
-    span = cfg.backbone.span
     return Workload(
         stage=2,
         cfg=cfg,
-        encoder=_sparse(encoder, cfg),
+        encoder=towers.kept_tower(encoder, keywords.get("keep", 1.0)),
         encoder_keywords=keywords,
         teacher=teacher,
         teacher_spec=spec,
@@ -186,9 +200,19 @@ def _second(
         backbone=backbone,
         frames=_mean_of_longest(lengths, micro),
         max_frames=longest,
-        causal=cfg.backbone.order == "token" and len(lengths) == 1 and (not span or span >= longest),
+        attention="mask" if len(lengths) > 1 else attention_of(cfg, encoder.patches, longest),
+        cached=bool(cfg.tokens),
         padded=len(lengths) > 1,
     )
+
+
+def attention_of(cfg: Stage2Config, tokens: int, frames: int) -> Literal["mask", "causal", "frames"]:
+    """How stage 2 attends over sequences of one length, without padding."""
+    if cfg.backbone.span and cfg.backbone.span < frames:
+        return "mask"
+    if cfg.backbone.order == "token":
+        return "causal"
+    return "frames" if tokens >= SLICED else "mask"
 
 
 def _meta_backbone(cfg: Stage2Config, token_dim: int) -> Any:
@@ -208,16 +232,6 @@ def _check_tokens(encoder: Tower, teacher: Tower, spec: str) -> None:
             f"the encoder gives {encoder.patches} tokens of {encoder.width} features, teacher.name={spec} "
             f"{teacher.patches} of {teacher.width}; choose a pair of equal patch and width, or teacher.image_size"
         )
-
-
-def _sparse(encoder: Tower, cfg: StageConfig) -> Tower:
-    """The encoder's blocks over the patches that are kept, where the config keeps a share of them."""
-    group = getattr(cfg, "encoder", None)
-    keep = getattr(group, "keep", None) if group is not None else getattr(cfg, "keep", None)
-    if not isinstance(keep, float) or not 0 < keep < 1:
-        return encoder
-    prefix = encoder.length - encoder.patches
-    return dataclasses.replace(encoder, length=prefix + math.ceil(keep * encoder.patches))
 
 
 def _image_counts(data: DataConfig, windows: int) -> dict[int, float]:
