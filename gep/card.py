@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_MOST_ROWS, _MOST_TEXT = 60, 300  # a card is read by people; config.json has the rest
+
 
 def model_card(
     *,
@@ -21,7 +23,7 @@ def model_card(
 
     Args:
         title, summary: heading and first paragraph.
-        config, data, metrics: shown as tables; nested mappings become dotted keys.
+        config, data, metrics: shown as tables; nested mappings become dotted keys, long tables and texts are cut.
         usage: Python code, shown in a block.
         license, tags: for the front matter.
     """
@@ -32,12 +34,15 @@ def model_card(
     for heading, values in (("Metrics", metrics), ("Data", data), ("Configuration", config)):
         if values:
             rows = [f"| {key} | {_cell(value)} |" for key, value in _flat(values)]
+            left = len(rows) - _MOST_ROWS
+            rows = [*rows[:_MOST_ROWS], f"| … | {left:,} more in config.json |"] if left > 0 else rows
             lines += [f"## {heading}", "", "| | |", "|---|---|", *rows, ""]
     return "\n".join(lines)
 
 
 def _cell(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else "–" if value is None else str(value)
+    text = text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]} …"
     return text.replace("|", "\\|").replace("\n", " ")
 
 

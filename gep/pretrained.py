@@ -103,7 +103,7 @@ class Pretrained(nn.Module):
         Raises:
             FileNotFoundError, ValueError: see gep.export.fetch, read_config and read_weights.
         """
-        place = {"cache_dir": cache_dir, "force_download": force_download}
+        place: dict[str, Any] = {"cache_dir": cache_dir, "force_download": force_download}
         folder = export.fetch(name, revision=revision, token=token, local_files_only=local_files_only, **place)
         config = export.read_config(folder, cls.export_kind)
         try:

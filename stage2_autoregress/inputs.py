@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from gep.data.build import build, represent_of
 from gep.data.config import DataConfig
@@ -16,7 +16,6 @@ from gep.data.sequence import Sequences, collate_sequences
 from gep.data.token_samples import TokenSamples, TokenSequences, collate_tokens
 from gep.data.token_store import TokenStore
 from gep.hub import GEPModel
-from gep.models.teacher import FrozenVFM
 from stage2_autoregress.packed import key_of, lists_of, warn_idle
 from stage2_autoregress.tokens import FrozenTokens, PackedTokens
 
@@ -35,22 +34,24 @@ class Inputs(NamedTuple):
     """What is trained and evaluated on, for people."""
 
 
-def inputs_of(cfg: Stage2Config, data: DataConfig, model: GEPModel, teacher: FrozenVFM) -> Inputs:
-    """A run's sets, from the recordings or from `cfg.tokens`.
+def inputs_of(cfg: Stage2Config, data: DataConfig, model: GEPModel) -> Inputs:
+    """A run's sets, from the recordings or from `cfg.tokens`; the image model is built where it is to look at images.
 
     Args:
         cfg: the run's.
         data: its data settings with the export's input taken over.
+        model: stage 1's, on the device to use.
     Raises:
         FileNotFoundError, ValueError: see `build`; or the tokens are not complete, not made from this model, teacher,
             data set and settings (naming both), or without the images that the run needs.
     """
     if cfg.tokens:
-        train, held, grid = _packed(cfg, data, model, teacher)
+        train, held, grid = _packed(cfg, data, model)
         described = train.describe(), held.describe()
         sets = TokenSequences(train, cfg.sequence), TokenSequences(held, cfg.sequence)
         return Inputs(*sets, collate_tokens, PackedTokens(grid), described)
     train_set, eval_set = sources_of(cfg, data)
+    teacher = cfg.teacher.build(encoder_preset=model.preset, device=model.device) if uses_images(cfg) else None
     frozen = FrozenTokens(model.encoder, teacher, represent_of(model.represent, data))
     sequences = Sequences(train_set, cfg.sequence), Sequences(eval_set, cfg.sequence)
     return Inputs(*sequences, collate_sequences, frozen, (train_set.describe(), eval_set.describe()))
@@ -77,18 +78,20 @@ def sources_of(
 
 def named(data: DataConfig, train_set: Recordings | StillImages | Mixed) -> dict[str, Recordings | StillImages]:
     """The training set's sources by name."""
-    return dict(zip(data.sources(), train_set.sources if isinstance(train_set, Mixed) else (train_set,)))
+    sources = train_set.sources if isinstance(train_set, Mixed) else (train_set,)
+    # `build` mixes nothing else, streams apart, which have been refused.
+    return dict(zip(data.sources(), cast("tuple[Recordings | StillImages, ...]", sources)))
 
 
 def _packed(
-    cfg: Stage2Config, data: DataConfig, model: GEPModel, teacher: FrozenVFM
+    cfg: Stage2Config, data: DataConfig, model: GEPModel
 ) -> tuple[TokenSamples | Mixed, TokenSamples, tuple[int, int]]:
     """(training set, evaluation set, rows and columns of a frame's tokens) of `cfg.tokens`.
 
     Where no source has a root (or a path of pictures) the data set itself is not needed; its list is then not compared.
     """
     store, paired = TokenStore(cfg.tokens), uses_images(cfg)
-    key = key_of(data, model, teacher if paired else None)
+    key = key_of(data, model, cfg.teacher if paired else None)
     if any(source.root or source.images.path for source in data.sources().values()):
         train_set, eval_set = sources_of(cfg, data)
         key |= lists_of(named(data, train_set), eval_set)

@@ -18,6 +18,8 @@ from gep import config, distributed
 from gep.accelerator import to_device
 from gep.data.bad import BadSample
 from gep.data.build import represent_of, take_over
+from gep.data.images import StillImages
+from gep.data.paired import Recordings
 from gep.data.sampler import Batch, SampleSource
 from gep.data.sequence import SequenceConfig, Sequences, collate_sequences
 from gep.data.token_store import DTYPES, Shard, TokenPart, TokenPlan, finish, prepare, write_shard
@@ -58,11 +60,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     sequence = ("windows", "window_us", "num_events")
     data = take_over(cfg.data, model.input_settings, cfg.model, given=config.given(argv), free=sequence)
     train_set, eval_set = sources_of(cfg, data)
-    teacher = cfg.teacher.build(encoder_preset=model.preset, device=accelerator.device)
+    paired = uses_images(cfg)
+    teacher = cfg.teacher.build(encoder_preset=model.preset, device=accelerator.device) if paired else None
     frozen = FrozenTokens(model.encoder, teacher, represent_of(model.represent, data))
     warn_idle(data)
 
     train = named(data, train_set)
+    sources: list[tuple[Literal["train", "eval"], str, Recordings | StillImages]]
     sources = [("train", name, source) for name, source in train.items()] + [("eval", next(iter(train)), eval_set)]
     parts, inputs = [], []
     for number, (split, name, source) in enumerate(sources):
@@ -73,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         origin = number if data.mix and split == "train" else None
         inputs.append(_Input(Sequences(source, SequenceConfig()), source.listing.keys, origin))
     plan = TokenPlan(
-        key=key_of(data, model, teacher) | lists_of(train, eval_set),
+        key=key_of(data, model, cfg.teacher if paired else None) | lists_of(train, eval_set),
         parts=tuple(parts),
         windows=data.windows,
         grid=model.encoder.grid(data.height, data.width),

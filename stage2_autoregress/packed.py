@@ -7,17 +7,18 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from gep import export
 from gep.data.config import DataConfig
 from gep.data.images import StillImages
 from gep.data.paired import Recordings
 from gep.events.represent import describe
 from gep.hub import GEPModel
-from gep.models.teacher import FrozenVFM
-from gep.models.teacher_cache import fingerprint
+from gep.models.config import TeacherConfig
 
 # What changes no token of the version that is packed: places, the choice of the list (whose hash is in the key), and
 # what is drawn anew for every training sample.
@@ -27,7 +28,7 @@ _FREE_IMAGES = {"path", "image_column", "label_column", "streaming", "buffer", "
 _FREE_IMAGES |= {"crop", "crop_aspect", "flip", "vary"}
 
 
-def key_of(data: DataConfig, model: GEPModel, teacher: FrozenVFM | None) -> dict[str, str]:
+def key_of(data: DataConfig, model: GEPModel, teacher: TeacherConfig | None) -> dict[str, str]:
     """What tokens are made from besides the recordings: name -> value, to be compared and shown.
 
     Args:
@@ -36,8 +37,7 @@ def key_of(data: DataConfig, model: GEPModel, teacher: FrozenVFM | None) -> dict
     """
     key = {"model": _model_hash(model)}
     if teacher is not None:
-        known = fingerprint(teacher)
-        key["teacher"] = f"{known['spec']} {hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
+        key["teacher"] = _teacher_key(teacher, model.preset)
     values: dict[str, Any] = {f"data.{name}": getattr(data, name) for name in ("height", "width", "windows")}
     for name, source in data.sources().items():
         prefix = f"data.mix.{name}" if data.mix else "data"
@@ -77,6 +77,23 @@ def warn_idle(data: DataConfig) -> None:
 
 def _fields(config: Any) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def weights_of(teacher: TeacherConfig, encoder_preset: str | None) -> Path | None:
+    """The local file of an image model's weights; None where its name alone says which they are."""
+    kind, _, name = teacher.spec(encoder_preset).partition(":")
+    if kind == "export":
+        return export.fetch(name) / export.WEIGHTS
+    return None if teacher.file is None else Path(teacher.file).expanduser()
+
+
+def _teacher_key(teacher: TeacherConfig, encoder_preset: str | None) -> str:
+    """What an image model's tokens depend on, without building it; an exported one is known by its weights."""
+    spec, file = teacher.spec(encoder_preset), weights_of(teacher, encoder_preset)
+    digest = hashlib.sha256(json.dumps([teacher.image_size, teacher.random]).encode())
+    if file is not None:
+        digest.update(file.read_bytes())
+    return f"{'export' if spec.startswith('export:') else spec} {digest.hexdigest()[:16]}"
 
 
 def _model_hash(model: GEPModel) -> str:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 
-from gep import config
+from gep import config, distributed, export
 from gep.checkpoint import prepare_run_dir
 from gep.data.build import batches_of, roots, take_over
 from gep.data.token_store import INDEX
 from gep.engine import fit, make_accelerator
 from gep.evaluate import collect
-from gep.export import WEIGHTS
 from gep.hub import GEPModel
-from stage2_autoregress.inputs import inputs_of
+from gep.logs import shown
+from stage2_autoregress.inputs import inputs_of, uses_images
+from stage2_autoregress.packed import weights_of
 from stage2_autoregress.task import Stage2Config, Stage2Task, evaluate_prediction
 
 
@@ -26,17 +28,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Trains a backbone on the tokens of a stage-1 export and exports both; returns the final metrics."""
     cfg = config.load(Stage2Config, argv)
     accelerator = make_accelerator(cfg.train, cfg.run)
-    model = GEPModel.from_pretrained(cfg.model).to(accelerator.device)
+    folder = export.fetch(cfg.model)
+    model = GEPModel.from_pretrained(folder).to(accelerator.device)
     sequence = ("windows", "window_us", "num_events")
     data = take_over(cfg.data, model.input_settings, cfg.model, given=config.given(argv), free=sequence)
-    teacher = cfg.teacher.build(encoder_preset=model.preset, device=accelerator.device)
-    sets = inputs_of(cfg, data, model, teacher)
+    sets = inputs_of(cfg, data, model)
     accelerator.print(f"train on {sets.describe[0]}\nevaluate on {sets.describe[1]}")
-    inputs = {"model": f"{cfg.model}/{WEIGHTS}", "teacher.name": f"{teacher.spec.removeprefix('export:')}/{WEIGHTS}"}
+    inputs = {"model": folder / export.WEIGHTS}
+    if uses_images(cfg) and (weights := weights_of(cfg.teacher, model.preset)) is not None:
+        inputs["teacher.name"] = weights
     if cfg.tokens:
-        inputs["tokens"] = f"{cfg.tokens}/{INDEX}"
-        del teacher  # was needed to know it; its memory is free from here on
+        inputs["tokens"] = Path(cfg.tokens).expanduser() / INDEX
     run_dir = prepare_run_dir(cfg.run, cfg, may_differ=("run", "model", *roots(cfg.data)), inputs=inputs)
+    distributed.seed_all(cfg.train.seed)  # the same backbone whether an image model was built before or not
     backbone = cfg.backbone.build(model.encoder.embed_dim)
     task = Stage2Task(backbone, sets.tokens, cfg.loss)
 
@@ -67,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if not data.mix:
             model.input_settings.update({key: getattr(data, key) for key in model.input_settings})
         model.save_pretrained(run_dir / "export", metrics=metrics, data={"train": sets.describe[0]})
-    accelerator.print({name: round(value, 4) for name, value in metrics.items()})
+    accelerator.print(shown(metrics))
     return metrics
 
 

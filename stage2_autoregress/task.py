@@ -18,7 +18,7 @@ from gep.data.config import DataConfig
 from gep.data.sequence import SequenceConfig
 from gep.distributed import gather, gather_with_grad, rank, sum_over_ranks, world_size
 from gep.engine import TrainConfig
-from gep.losses import info_nce, regression
+from gep.losses import Regression, info_nce, regression
 from gep.models.backbone import EVENT, Backbone
 from gep.models.config import BackboneConfig, TeacherConfig
 from gep.optim import OptimConfig
@@ -192,7 +192,7 @@ class Stage2Task(nn.Module):
         event = F.normalize(prediction[rows, last].float().mean(dim=1), dim=-1)
         seen = mask[rows, last][..., None]
         truth = F.normalize(target[rows, last].float().masked_fill(~seen, 0.0).mean(dim=1), dim=-1)
-        scale = torch.tensor(1 / self.loss.temperature, device=event.device)
+        scale = torch.full((), 1 / self.loss.temperature, device=event.device)
         return info_nce(
             event,
             truth,
@@ -280,7 +280,7 @@ def _counts(sequence: TokenSequence, mask: Tensor) -> Tensor:
     return torch.stack([mask.sum() / tokens, sequence.blind.sum().float()])
 
 
-def _mean(kind: str, prediction: Tensor, target: Tensor, mask: Tensor, frames: Tensor) -> Tensor:
+def _mean(kind: Regression, prediction: Tensor, target: Tensor, mask: Tensor, frames: Tensor) -> Tensor:
     """Σ over valid tokens ÷ (frames · N); 0 where there are none."""
     denominator = (frames * mask.shape[2]).clamp_min(1e-6)
     return regression(prediction, target, kind=kind, weight=mask.float(), denominator=denominator)

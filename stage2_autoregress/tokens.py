@@ -58,14 +58,14 @@ class FrozenTokens:
 
     Args:
         encoder: the exported stage-1 encoder; put into evaluation mode here.
-        teacher: the frozen image model that stage 1 aligned it with.
+        teacher: the frozen image model that stage 1 aligned it with; None = for batches without images.
         represent: the representation the encoder was trained on.
     Raises:
         ValueError: encoder and teacher differ in token size.
     """
 
-    def __init__(self, encoder: EventEncoder, teacher: FrozenVFM, represent: Representation | PerSource):
-        if encoder.embed_dim != teacher.embed_dim:
+    def __init__(self, encoder: EventEncoder, teacher: FrozenVFM | None, represent: Representation | PerSource):
+        if teacher is not None and encoder.embed_dim != teacher.embed_dim:
             raise ValueError(
                 f"model: its tokens have {encoder.embed_dim} features and those of teacher.name have "
                 f"{teacher.embed_dim}; name the teacher that stage 1 was aligned with"
@@ -108,6 +108,7 @@ class FrozenTokens:
 
     def _images(self, images: Tensor, events: Tensor) -> Tensor:
         """(B, J, 3, H, W) -> (B, J, N, D) on the events' grid."""
+        assert self.teacher is not None, "images, and no model to look at them"
         tokens, _ = self.teacher.features(images.flatten(0, 1))
         if events.shape[2] != tokens.shape[1]:
             raise ValueError(

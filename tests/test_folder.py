@@ -1,4 +1,7 @@
-"""A user's own folder: every layout, cutting, ranges of time, pictures by their stamps; and `gep info`."""
+"""A user's own folder: every layout, cutting, ranges of time, pictures by their stamps; and `gep info`.
+
+One file: the layouts are variants of one folder that is written here.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gep.data.bad import BadSample
+from gep.data.build import build
+from gep.data.config import DataConfig
 from gep.data.describe import describe_path, facts
 from gep.data.options import ListingOptions
+from gep.data.paired import Recordings
 from gep.data.registry import list_recordings
+from gep.data.shard_write import write_shards
 from gep.events.io import opened
 from gep.events.io.bin import write_bin
 from gep.events.io.dat import write_dat
@@ -187,8 +195,8 @@ def test_pictures_with_times(tmp_path: Path) -> None:
     mask, depth = listing.targets["mask"](2), listing.targets["depth"](2)
     assert (mask[:30] == 3).all() and (mask[30:] == 255).all()
     assert np.isnan(np.diag(depth)).all() and depth[0, 1] == 3.5
-    shorter = listed(tmp_path, sample_us=40_000)
-    assert shorter.spans[0].tolist() == [160_000, 200_000]
+    with pytest.raises(ValueError, match=r"data\.sample_us=40000 cuts recordings without pictures"):
+        listed(tmp_path, sample_us=40_000)
     early = listed(tmp_path, "0-35%")
     assert [key[-1] for key in early.keys] == ["1", "2"]
     part = pickle.loads(pickle.dumps(listing.subset([2, 0], "part")))
@@ -202,7 +210,7 @@ def test_pictures_with_exposures(tmp_path: Path) -> None:
     assert len(listing) == 8 and listing.classes == () and listing.keys[4] == "two#000000"
     assert listing.spans[:2].tolist() == [[70_000, 100_001], [170_000, 200_001]]  # the end of an exposure belongs to it
     assert (listing.image(7) == 30).all()
-    with pytest.raises(ValueError, match=r"data\.sample_us=1000 has no effect"):
+    with pytest.raises(ValueError, match=r"data\.sample_us=1000 cuts recordings without pictures"):
         listed(tmp_path, sample_us=1000)
 
 
@@ -224,6 +232,59 @@ def test_exposures_in_the_archive(tmp_path: Path) -> None:
     (tmp_path / "images" / "000012.png").unlink()
     with pytest.raises(FileNotFoundError, match="no picture 000012"):
         listed(tmp_path)
+
+
+def test_masks_ids_are_named_by_classes_txt(tmp_path: Path) -> None:
+    paired(tmp_path, "street/one")
+    names = layouts.write_text(tmp_path / "classes.txt", ["road #736e92", "", "  traffic sign ", "sky\t#94C8EA", "car"])
+    listing = listed(tmp_path)
+    assert listing.classes == ("road", "traffic sign", "sky", "car") and (listing.labels == -1).all()
+    assert listing.notes["colours"] == "#736e92 - #94C8EA -" and (listing.targets["mask"](2)[:30] == 3).all()
+    layouts.write_text(names, ["road", "car"])
+    listing = listed(tmp_path)
+    assert (listing.targets["mask"](0)[:30] == 1).all() and "colours" not in listing.notes
+    with pytest.raises(ValueError, match=r"000002\.png: class id 2, where 2 classes are named.*classes\.txt"):
+        listing.targets["mask"](1)
+    with pytest.raises(BadSample, match=r"000002\.png: class id 2"):
+        Recordings(listing, DataConfig(windows=1), paired=False, targets=True).sample(1, None)
+    for lines, message in ((["a", "b", "a"], "names a twice"), ([], "0 names"), (range(256), "256 names")):
+        layouts.write_text(names, list(lines))
+        with pytest.raises(ValueError, match=message):
+            listed(tmp_path)
+    names.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="UTF-8"):
+        listed(tmp_path)
+    layouts.write_text(names, ["mug"])
+    layouts.write_folder(tmp_path / "bare", ("mug/a.bin",))
+    layouts.write_text(tmp_path / "bare" / "classes.txt", ["mug"])
+    with pytest.warns(UserWarning, match=r"classes\.txt has no effect"):
+        assert listed(tmp_path / "bare").classes == ("mug",)
+
+
+def test_names_and_colours_of_masks_stay_in_shards(tmp_path: Path) -> None:
+    paired(tmp_path / "own", "one")
+    layouts.write_text(tmp_path / "own" / "classes.txt", ["a", "b #010203", "c", "d"])
+    write_shards(listed(tmp_path / "own"), tmp_path / "shards")
+    found = list_recordings("shards", tmp_path / "shards", "all")
+    assert found.classes == ("a", "b", "c", "d") and found.notes["colours"] == "- #010203 - -"
+
+
+def test_one_recording_cannot_be_held_out(tmp_path: Path) -> None:
+    layouts.write_folder(tmp_path, ("a.bin",), duration=1_000_000)
+    with pytest.raises(ValueError, match=r"data\.train_split=0-80% data\.eval_split=80-100%.*or add recordings"):
+        listed(tmp_path, sample_us=100_000).hold_out(0.1)
+
+
+def test_a_held_out_side_without_samples_says_what_to_do(tmp_path: Path) -> None:
+    paired(tmp_path, "one", pictures=8)
+    paired(tmp_path, "two", pictures=3)
+    short = "one" if any(key.startswith("one") for key in listed(tmp_path).hold_out(0.1)[1].keys) else "two"
+    if short == "one":
+        (tmp_path / "one").rename(tmp_path / "x"), (tmp_path / "two").rename(tmp_path / "one")
+        (tmp_path / "x").rename(tmp_path / "two")
+    data = DataConfig(name="folder", root=str(tmp_path), clip=True, windows=5, window_us=0)
+    with pytest.raises(ValueError, match=r"held out 0\.1\] has so many images; or hold more .*data\.holdout=0\.1"):
+        build(data, paired=True)
 
 
 def test_faulty_pictures(tmp_path: Path) -> None:

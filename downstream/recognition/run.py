@@ -7,7 +7,8 @@ accelerate launch downstream/recognition/run.py configs/downstream/recognition/n
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from downstream.common import WindowFeatures, extract, reinitialise, write_json
 from downstream.metrics import per_class_accuracy, top_k_accuracy
+from downstream.recognition.model import GEPClassifier
 from downstream.recognition.task import (
     FinetuneTask,
     RecognitionConfig,
@@ -29,9 +31,11 @@ from gep.checkpoint import prepare_run_dir
 from gep.data.build import batches_of, build, roots, take_over
 from gep.data.config import DataConfig
 from gep.data.fewshot import draw_shots
+from gep.data.images import StillImages
+from gep.data.listing import Listing
 from gep.data.paired import Recordings, collate
 from gep.engine import fit, make_accelerator
-from gep.evaluate import collect
+from gep.evaluate import collect, evenly
 from gep.hub import GEPModel
 from gep.optim import param_groups
 
@@ -42,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs one mode; writes results_<mode>_<feature>.json into the run folder and returns what is in it."""
     cfg = config.load(RecognitionConfig, argv)
     accelerator = make_accelerator(cfg.train, cfg.run)
-    model = GEPModel.from_pretrained(cfg.model).to(accelerator.device)
+    folder = export.fetch(cfg.model)
+    model = GEPModel.from_pretrained(folder).to(accelerator.device)
     data = take_over(
         cfg.data, model.input_settings, cfg.model, given=config.given(argv), free=tuple(model.input_settings)
     )
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if data.images.streaming:
         raise ValueError("data.images.streaming=true: recognition addresses its samples by number; unset streaming")
     if cfg.mode in ("finetune", "scratch"):
-        results = finetune(cfg, model, data, accelerator)
+        results = finetune(cfg, model, folder, data, accelerator)
     else:
         results = probe_frozen(cfg, model, data, accelerator)
     if accelerator.is_main_process:
@@ -59,16 +64,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return results
 
 
+def _sets(data: DataConfig) -> tuple[Recordings | StillImages, Recordings | StillImages]:
+    train_set, test_set = build(data, paired=False)
+    assert isinstance(train_set, Recordings | StillImages)  # streams and mixes have been refused
+    warn_of_missing(train_set.listing, test_set.listing, data)
+    return train_set, test_set
+
+
 def probe_frozen(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelerator: Accelerator) -> dict[str, Any]:
     """Zero-shot, linear probe or k-shot probes on features of the frozen model.
 
     Without data.eval_split, k-shot draws from and tests on the held-out part alone: the rest of the training split is
     what the two stages may have been pretrained on.
     """
-    train_set, test_set = build(data, paired=False)
+    train_set, test_set = _sets(data)
     share = max(1, cfg.train.batch_size // accelerator.num_processes)
 
-    def features_of(source: Recordings, title: str) -> tuple[WindowFeatures, Tensor]:
+    def features_of(source: Recordings | StillImages, title: str) -> tuple[WindowFeatures, Tensor]:
         accelerator.print(f"{title} {source.listing.describe()}")
         return extract(
             model, source, accelerator, batch_size=share, use_backbone=cfg.use_backbone, pool=cfg.pool, title=title
@@ -90,22 +102,28 @@ def probe_frozen(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, acce
     features, labels = features_of(train_set, "learn from")
     learn = (features.pooled(cfg.feature), labels)
     if cfg.mode == "probe":
-        return results | probe(learn, test, len(classes), cfg.probe)
+        fitted, numbers = probe(learn, test, len(classes), cfg.probe)
+        if accelerator.is_main_process:
+            described = {"train": train_set.listing.describe(), "test": test_set.listing.describe()}
+            save_classifier(cfg, model, data, classes, fitted.folded(), numbers, described)
+        return results | numbers
     results["top1"] = kshot(learn, test, len(classes), cfg.probe)
     return results
 
 
-def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """Trains all parts, each at its own rate (or from scratch), and tests in fixed windows."""
+def finetune(
+    cfg: RecognitionConfig, model: GEPModel, folder: Path, data: DataConfig, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Trains all parts of the model (of `folder`), each at its own rate or from scratch, and tests in fixed windows."""
     run_dir = prepare_run_dir(
         Path(cfg.run) / cfg.mode,
         cfg,
         may_differ=("run", "model", *roots(cfg.data)),
-        inputs={"model": f"{cfg.model}/{export.WEIGHTS}"},
+        inputs={"model": folder / export.WEIGHTS},
     )
     if cfg.mode == "scratch":
         reinitialise(model, cfg.train.seed)
-    train_set, test_set = build(data, paired=False)
+    train_set, test_set = _sets(data)
     if cfg.shots:
         chosen, _ = draw_shots(train_set.listing.labels, cfg.shots, seed=cfg.probe.seed, draw=cfg.draw)
         train_set = train_set.subset(chosen, f"{train_set.listing.split}[{cfg.shots} shots, draw {cfg.draw}]")
@@ -119,7 +137,7 @@ def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelera
         label_smoothing=cfg.label_smoothing,
     )
     scratch = cfg.mode == "scratch"
-    start = train_set.subset(_evenly(len(train_set), _START_SAMPLES), "start of the head")
+    start = train_set.subset(evenly(len(train_set), _START_SAMPLES), "start of the head")
     features, labels = extract(
         model,
         start,
@@ -170,25 +188,48 @@ def finetune(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, accelera
         # The teacher's class vectors read a space that fine-tuning has left.
         model.class_head = model.classes = None
         model.save_pretrained(run_dir / "export", metrics=metrics, data=described)
-        classes = list(test_set.listing.classes)
-        export.save_folder(
-            run_dir / "classifier",
-            kind="classifier",
-            config={
-                "classes": classes,
-                "feature": cfg.feature,
-                "pool": cfg.pool,
-                "use_backbone": task.backbone is not None,
-            },
-            state=task.classifier(),
-            card=f"# Linear classifier of {len(classes)} classes on the pooled features of the model in ../export\n",
-        )
+        save_classifier(cfg, model, data, test_set.listing.classes, task.classifier(), metrics, described)
     return {"mode": cfg.mode, "list": test_set.listing.hash, "num_test": len(test_set), **metrics}
 
 
-def _evenly(count: int, most: int) -> np.ndarray:
-    kept = min(count, most)
-    return np.arange(kept) * count // kept
+def warn_of_missing(train: Listing, test: Listing, data: DataConfig) -> None:
+    """Warns where a set of few recordings was split so that one side lacks a class that the other one has.
+
+    Raises:
+        ValueError: samples without a class.
+    """
+    if min(train.labels.min(), test.labels.min()) < 0:
+        raise ValueError(
+            f"data.name={train.name}: samples of {train.split} or {test.split} have no class to be recognised; put "
+            "recordings into a folder a class, or set data.label_from=file"
+        )
+    seen, tested = (set(np.unique(listing.labels).tolist()) for listing in (train, test))
+    fix = f"data.eval_split={data.eval_split}" if data.eval_split else f"data.holdout={data.holdout:g}"
+    for lacking, doing in ((tested - seen, "learn from"), (seen - tested, "test on")):
+        if lacking:
+            names = ", ".join(train.classes[label] for label in sorted(lacking)[:5])
+            warnings.warn(
+                f"{fix} leaves nothing to {doing} of {len(lacking)} of {len(seen | tested)} classes ({names}): hold "
+                "another share out, record more, or sort the recordings into train/ and test/ yourself",
+                stacklevel=2,
+            )
+
+
+def save_classifier(
+    cfg: RecognitionConfig,
+    model: GEPModel,
+    data: DataConfig,
+    classes: Sequence[str],
+    state: Mapping[str, Tensor],
+    metrics: Mapping[str, Any],
+    described: Mapping[str, str],
+) -> None:
+    """Writes the model with its classifier (weight, bias on pooled features) as one folder, <run>/<mode>/classifier."""
+    model.class_head = model.classes = None  # of the teacher
+    model.backbone = model.backbone if cfg.use_backbone else None
+    whole = GEPClassifier(model, classes, feature=cfg.feature, pool=cfg.pool, sample_us=data.sample_us)
+    whole.head.load_state_dict(state)
+    whole.save_pretrained(Path(cfg.run) / cfg.mode / "classifier", metrics=metrics, data=described)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from downstream.common import Feature, Pool, window_features
-from downstream.heads import fit_linear_probe
+from downstream.heads import LinearProbe, fit_linear_probe
 from downstream.metrics import mean_std, top_k_accuracy
+from downstream.recognition.model import feature_dim
 from gep.data.config import DataConfig
 from gep.data.fewshot import draw_shots
 from gep.engine import TrainConfig
@@ -97,6 +98,9 @@ class FinetuneTask(nn.Module):
         label_smoothing: of the cross-entropy.
     """
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         model: GEPModel,
@@ -121,8 +125,7 @@ class FinetuneTask(nn.Module):
         self.feature: Feature = feature
         self.pool: Pool = pool
         self.label_smoothing = label_smoothing
-        dim = self.encoder.embed_dim + (self.backbone.width if self.backbone is not None else 0)
-        dim = dim if pool == "mean" else 2 * dim
+        dim = feature_dim(model, pool, use_backbone=use_backbone)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
         self.head = nn.Linear(dim, num_classes)
@@ -159,8 +162,7 @@ class FinetuneTask(nn.Module):
 
     def classifier(self) -> dict[str, Tensor]:
         """`weight` (K, D) and `bias` (K,) on the pooled features: head and standardisation in one."""
-        weight = self.head.weight / self.scale
-        return {"weight": weight.detach(), "bias": (self.head.bias - weight @ self.mean).detach()}
+        return LinearProbe(self.mean, self.scale, self.head.weight.detach(), self.head.bias.detach()).folded()
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """{"loss", "accuracy"} of a batch with `label`."""
@@ -172,17 +174,17 @@ class FinetuneTask(nn.Module):
 
 def probe(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, config: ProbeConfig
-) -> dict[str, float]:
+) -> tuple[LinearProbe, dict[str, float]]:
     """Linear probe on all labelled features.
 
     Args:
         train, test: (features (N, D), labels (N,)).
     Returns:
-        top1 and top5 in percent.
+        The probe, and its top1 and top5 in percent.
     """
     fitted = fit_linear_probe(*train, num_classes, c=config.c)
     logits = fitted(test[0])
-    return {"top1": top_k_accuracy(logits, test[1]), "top5": top_k_accuracy(logits, test[1], k=5)}
+    return fitted, {"top1": top_k_accuracy(logits, test[1]), "top5": top_k_accuracy(logits, test[1], k=5)}
 
 
 def kshot(
@@ -248,4 +250,6 @@ def zero_shot(
             f"mode=zero_shot: the model's classes ({', '.join(model.classes[:3])}, …) are not the data set's "
             f"({', '.join(list(classes)[:3])}, …); use mode=kshot or mode=probe"
         )
-    return top_k_accuracy(model.classify(image).cpu(), labels)
+    logits = model.classify(image)
+    assert logits is not None  # it has classes
+    return top_k_accuracy(logits.cpu(), labels)

@@ -46,19 +46,23 @@ _XYZ = np.array(
 _WHITE = np.array([0.95047, 1.0, 1.08883])
 
 
-def palette(classes: Sequence[str]) -> np.ndarray:
+def palette(classes: Sequence[str], given: Sequence[Colour | None] = ()) -> np.ndarray:
     """A colour a class: its own where the name is known, else the one farthest from all others in use.
 
     Args:
         classes: C names, in the order of the masks' ids.
+        given: C colours that are to be taken, None = none; () = none at all.
     Returns:
         uint8 (C, 3) RGB; the same names give the same colours.
     """
     chosen: list[Colour | None] = []
-    for name in classes:
+    for name, wanted in zip(classes, given or (None,) * len(classes), strict=True):
+        if wanted is not None:
+            chosen.append(wanted)
+            continue
         plain = name.lower().replace("_", " ").strip()
         colour = COLOURS.get(_LIKE.get(plain, plain))
-        chosen.append(None if colour in chosen else colour)
+        chosen.append(None if colour in chosen or colour in given else colour)
     if None not in chosen:
         return np.array(chosen, np.uint8).reshape(-1, 3)
     levels = np.linspace(0, 255, 8).round()

@@ -56,11 +56,19 @@ class Segmentation:
         """The problem that a data set poses.
 
         Raises:
-            ValueError: a set that names no classes.
+            ValueError: a set that names no classes, or classes of recordings and not of masks.
         """
-        if not listing.classes:
-            raise ValueError(f"data.name={listing.name} names no classes, so that its masks cannot be learned from")
-        return cls(tuple(listing.classes), tuple(map(tuple, palette(listing.classes).tolist())), dice)
+        of_recordings = bool((listing.labels >= 0).any())
+        if not listing.classes or of_recordings:
+            fault = "classes of recordings, not of masks" if of_recordings else "no classes"
+            raise ValueError(
+                f"data.name={listing.name} names {fault}, so that its masks cannot be learned from; a folder of your "
+                "own says in ROOT/classes.txt what the ids 0, 1, 2, … are called, a name a line"
+            )
+        found = listing.notes.get("colours", "").split()
+        given = [None if colour == "-" else (*bytes.fromhex(colour[1:]),) for colour in found]
+        colours = palette(listing.classes, given).tolist()
+        return cls(tuple(listing.classes), tuple((red, green, blue) for red, green, blue in colours), dice)
 
     @property
     def num_outputs(self) -> int:

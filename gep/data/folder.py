@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gep.data.folder_frames import DepthFiles, Frames, find_frames
+from gep.data.folder_frames import DepthFiles, Frames, find_frames, mask_classes
 from gep.data.layout import ImageFiles, MaskFiles
-from gep.data.listing import Listing
+from gep.data.listing import Listing, TargetOf
 from gep.data.options import ListingOptions
 from gep.events.io import FORMATS, EventSource, open_events
 
@@ -21,6 +23,8 @@ LAYOUT = """one of
   ROOT/<recording>/events.<ext>       the same with what belongs to it beside it: images/, masks/, depth/ and
                                       images/timestamps.txt (µs, one line a picture: its time, or begin and end of
                                       its exposure); such folders may also lie in <class>/, and ROOT may be one
+  ROOT/classes.txt                    what the ids in masks/ are called, a name a line (and a colour: road #736e92);
+                                      folders are then no labels
 and any of these below ROOT/train, ROOT/val and ROOT/test, or listed in ROOT/train.txt, … (a path a line)"""
 _SPLITS = ("train", "val", "test")
 _NO_RECORDINGS = ("timestamps.txt", "classes.txt", "readme.txt", "license.txt", *(f"{name}.txt" for name in _SPLITS))
@@ -31,8 +35,8 @@ def folder(root: Path, split: str, options: ListingOptions) -> Listing:
     """A folder of recordings in any format that gep reads; its layout is `LAYOUT`.
 
     A recording with stamped pictures gives a sample a picture, spanning its exposure, or the time since the picture
-    before it (`sample_us` before it, where that is set). Any other gives one sample, or with `sample_us` as many as
-    fit, from its first event on.
+    before it. Any other gives one sample, or with `sample_us` as many as fit, from its first event on. With masks and
+    a `classes.txt` the classes are those of the masks, and no sample has a label.
 
     Args:
         root: the folder.
@@ -42,7 +46,8 @@ def folder(root: Path, split: str, options: ListingOptions) -> Listing:
 
     Raises:
         FileNotFoundError: no such split, or a listed recording is missing.
-        ValueError: no recording, several layouts at once, or pictures that do not go with their time stamps.
+        ValueError: no recording, several layouts at once, `sample_us` of recordings with pictures, or pictures that do
+            not go with their time stamps.
     """
     part = _range(split)
     recordings = _of_split(root, split if part is None else "all")
@@ -53,7 +58,10 @@ def folder(root: Path, split: str, options: ListingOptions) -> Listing:
     for recording in recordings:
         label = classes.index(recording.label(options)) if classes else -1
         _add(samples, recording, label, part or (0.0, 1.0), options, cut=part is not None)
-    return samples.listing(split, classes, options)
+    listing = samples.listing(split, classes, options)
+    if "mask" not in listing.targets and (root / "classes.txt").is_file():
+        warnings.warn(f"{root / 'classes.txt'} has no effect: it says what the ids in masks/ are called", stacklevel=2)
+    return listing
 
 
 @dataclass(frozen=True)
@@ -232,13 +240,18 @@ class _Samples:
                 raise FileNotFoundError(f"{missing} is missing; other recordings have {name}/: complete it everywhere")
             if all(there):
                 parts[name] = tuple(paths[row] for paths, row in zip(of, self.rows))
-        targets = {}
+        targets: dict[str, TargetOf] = {}
+        named: dict[str, Any] = {}
         if "masks" in parts:
-            targets["mask"] = MaskFiles(parts["masks"], sensor)
+            names, colours = mask_classes(self.root)
+            targets["mask"] = MaskFiles(parts["masks"], sensor, len(names))
+            if names:
+                unlabelled = np.full(len(self.labels), -1, np.int64)
+                named = {"classes": names, "labels": unlabelled, "notes": {**listing.notes, **colours}}
         if "depth" in parts:
             targets["depth"] = DepthFiles(parts["depth"], sensor)
         image = ImageFiles(parts["images"], sensor) if "images" in parts else None
-        return dataclasses.replace(listing, image=image, targets=targets)
+        return dataclasses.replace(listing, image=image, targets=targets, **named)
 
 
 def _add(
@@ -271,11 +284,13 @@ def _add(
         first, end = source.span
         low, high = (first + round(share * (end - first)) for share in part)
         if frames is not None:
-            if options.sample_us and frames.exposures:
-                raise ValueError(f"data.sample_us={options.sample_us} has no effect on {recording.path}, whose samples "
-                                 "are the exposures of its pictures: set it to 0")  # fmt: skip
+            if options.sample_us:
+                raise ValueError(
+                    f"data.sample_us={options.sample_us} cuts recordings without pictures, and {recording.path} has "
+                    "some: a sample is a picture there. Set it to 0; data.windows and data.window_us say how far back "
+                    "from a picture events are read"
+                )
             for row, (stem, (t0, t1)) in enumerate(zip(frames.stems, frames.spans.tolist())):
-                t0 = t1 - options.sample_us if options.sample_us else t0
                 # An exposure may begin before the first event and end after the last.
                 within = (part[0] == 0 or low <= t0) and (part[1] == 1 or t1 <= high)
                 if within and _enough(source, t0, t1, options):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from gep.data.layout import files_in, read_plane, read_stamps, stamped
+from gep.data.layout import IGNORE, files_in, read_plane, read_stamps, stamped
 
 _SUFFIXES = {
     "images": (".png", ".jpg", ".jpeg", ".bmp", ".webp"),
     "masks": (".png",),
     "depth": (".npy", ".png"),
 }
+_CLASS = re.compile(r"(.+?)(?:\s+(#[0-9a-fA-F]{6}))?")
 _NPZ_KEYS = ("frame_index", "frame_exposure_start_us", "frame_exposure_end_us")
 
 
@@ -109,6 +111,31 @@ def _npz_frames(events: Path) -> tuple[list[int], np.ndarray] | None:
     if (np.diff(end) <= 0).any():
         raise ValueError(f"{events}: the exposures are not in the order of time")
     return index.tolist(), np.stack([begin, end + 1], axis=1)
+
+
+def mask_classes(root: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """What `ROOT/classes.txt` calls the ids of masks: line 1 names id 0; a colour may follow the name as #rrggbb.
+
+    Returns:
+        The names, () without the file; and the colours as a listing's note, "-" for those without one.
+    Raises:
+        ValueError: no names, a name twice, or more than masks can tell apart.
+    """
+    path = root / "classes.txt"
+    if not path.is_file():
+        return (), {}
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path}: is no UTF-8 text ({error})") from error
+    found = [match.groups() for line in lines if (match := _CLASS.fullmatch(line))]
+    names = tuple(name for name, _ in found)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if not names or twice or len(names) > IGNORE:
+        fault = f"names {', '.join(twice)} twice" if twice else f"holds {len(names)} names"
+        raise ValueError(f"{path}: {fault}; write one name a line, of id 0, 1, 2, …, at most {IGNORE} of them")
+    colours = " ".join(colour or "-" for _, colour in found)
+    return names, {"colours": colours} if "#" in colours else {}
 
 
 @dataclass(frozen=True)

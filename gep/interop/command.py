@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gep.interop.graphs import Kind
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -81,27 +84,19 @@ def _export(arguments: argparse.Namespace) -> None:
     from gep.interop.runtimes import write
 
     folder = export.fetch(arguments.model)
-    kind = _kind(folder / export.CONFIG)
-    graph = graph_of(_loaded(folder, kind), kind, _size(arguments))
+    kind, model = _loaded(folder, export.kind_of(folder))
+    graph = graph_of(model, kind, _size(arguments))
     print(write(graph, arguments.out, arguments.format, dynamic_size=not arguments.fixed_size))
     print(f"in: {', '.join(graph.inputs)}; out: {', '.join(graph.outputs)}; sides a multiple of {graph.unit}")
 
 
-def _kind(config: Path) -> str:
-    import json
-
-    try:
-        return str(json.loads(config.read_text(encoding="utf-8"))["kind"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config} is not of a gep export ({error}): give a folder written by gep") from error
-
-
-def _loaded(folder: Path, kind: str) -> Any:
+def _loaded(folder: Path, kind: str) -> tuple[Kind, Any]:
     from downstream.dense.model import DenseModel
     from downstream.llm_evrep.model import EvRep
     from gep.hub import GEPModel
 
-    classes = {"gep": GEPModel, "dense": DenseModel, "llm_evrep": EvRep}
-    if kind not in classes:
-        raise ValueError(f"{folder} holds a model of kind {kind!r}; gep export takes {', '.join(classes)}")
-    return classes[kind].from_pretrained(folder)
+    classes: dict[Kind, Any] = {"gep": GEPModel, "dense": DenseModel, "llm_evrep": EvRep}
+    for known, model in classes.items():
+        if kind == known:
+            return known, model.from_pretrained(folder)
+    raise ValueError(f"{folder} holds a model of kind {kind!r}; gep export takes {', '.join(classes)}")

@@ -35,14 +35,14 @@ SIZE = (224, 224)
 """Input of the released models [px]; their positions fit any other."""
 
 
-def convert(weights: Conversion, size: tuple[int, int] | None) -> tuple[str, tuple[int, int]]:
+def convert(weights: Conversion, size: tuple[int, int] | None) -> tuple[str, tuple[int, int], bool]:
     """Rename a DINOv3 ViT to timm's names.
 
     Args:
         weights: tensors by DINOv3's names; consumed.
         size: (H, W) [px] of the input; None = 224x224.
     Returns:
-        timm's name of the architecture, and the size.
+        timm's name of the architecture, the size, and whether the file's rotary periods are rounded to bfloat16.
     Raises:
         ValueError: no released size, other rotary periods than of base 100, or a bias on keys.
     Source: Siméoni et al. 2025 (arXiv 2508.10104); names as in facebookresearch/dinov3.
@@ -65,8 +65,7 @@ def convert(weights: Conversion, size: tuple[int, int] | None) -> tuple[str, tup
         raise ValueError(f"the file's qkv.bias is not zero, and timm's ViT of this size ({name}) has none")
     for number, bias in biases.items():
         _move_bias(weights, number, bias, biased)
-    if "rope_embed.periods" in state:
-        _check_periods(weights, _HEAD_DIM.get(name, 64))
+    rounded = "rope_embed.periods" in state and _rounded_periods(weights, _HEAD_DIM.get(name, 64))
     for source, target in (("cls_token", "cls_token"), ("storage_tokens", "reg_token"), (PATCH, PATCH)):
         if source in state:
             weights.move(source, target)
@@ -80,7 +79,7 @@ def convert(weights: Conversion, size: tuple[int, int] | None) -> tuple[str, tup
     if "mask_token" in state:
         weights.ignore("mask_token", "pretraining only")
     weights.ignore_under(("local_cls_norm.", "dino_head.", "ibot_head."), "pretraining only")
-    return f"vit_{name}_patch16_dinov3{'_qkvb' if biased else ''}", size or SIZE
+    return f"vit_{name}_patch16_dinov3{'_qkvb' if biased else ''}", size or SIZE, rounded
 
 
 def _biases(state: dict[str, Tensor]) -> list[re.Match[str]]:
@@ -113,14 +112,17 @@ def _move_bias(weights: Conversion, number: int, bias: Tensor, biased: bool) -> 
         weights.ignore(f"{name}_mask", "multiplied into the bias")
 
 
-def _check_periods(weights: Conversion, head_dim: int) -> None:
+def _rounded_periods(weights: Conversion, head_dim: int) -> bool:
+    """Whether the periods are those of base 100 rounded to bfloat16, and not themselves."""
     periods = weights.rest["rope_embed.periods"].float()
     exponents = 2 * torch.arange(head_dim // 4) / (head_dim // 2)
-    expected = ROPE_BASE**exponents
-    if periods.shape != expected.shape or bool(((periods / expected - 1).abs() > 0.005).any()):
-        raise ValueError(
-            f"rope_embed.periods are not those of base {ROPE_BASE:g} and heads of {head_dim}: {periods.tolist()[:4]} …"
-        )
-    off = float((periods / expected - 1).abs().max())
-    note = "" if off < 1e-5 else f"; the file's are rounded, by up to {100 * off:.1g} %"
-    weights.ignore("rope_embed.periods", f"computed from base {ROPE_BASE:g}{note}")
+    exact = ROPE_BASE**exponents
+    for rounded, expected in ((False, exact), (True, exact.bfloat16().float())):
+        if periods.shape == expected.shape and bool(((periods / expected - 1).abs() < 1e-5).all()):
+            how = "rounded to bfloat16" if rounded else "in float32"
+            weights.ignore("rope_embed.periods", f"computed from base {ROPE_BASE:g}, {how}")
+            return rounded
+    raise ValueError(
+        f"rope_embed.periods are not those of base {ROPE_BASE:g} and heads of {head_dim}, in float32 or bfloat16: "
+        f"{periods.tolist()[:4]} …"
+    )

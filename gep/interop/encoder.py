@@ -78,7 +78,7 @@ def import_encoder(
         raise ValueError(f"{what} has no effect on layout {layout!r}: leave it out")
     state, beside = read_tensors(file)
     try:
-        weights, arch, size = _converted(state, layout, arch, prefix, quick_gelu, size)
+        weights, arch, size, rounded = _converted(state, layout, arch, prefix, quick_gelu, size)
         channels = weights.tensors[names.PATCH].shape[1]
         represent = build(representation or _representation(channels), _params(representation, params, channels))
         _fit_channels(weights, represent.channels)
@@ -92,8 +92,9 @@ def import_encoder(
         )
     mean, std, note = _normalisation(arch, layout, represent, normalise)
     height, width = size
+    encoder = {"arch": arch, "in_chans": represent.channels, "img_size": list(size), "mean": mean, "std": std}
     model = GEPModel(
-        encoder={"arch": arch, "in_chans": represent.channels, "img_size": list(size), "mean": mean, "std": std},
+        encoder={**encoder, "rope_bf16": rounded},
         representation=describe(represent),
         input={"height": height, "width": width, **_INPUT, **(input or {})},
         data={"imported": {"file": Path(file).name, "layout": layout}},
@@ -110,7 +111,8 @@ def _converted(
     prefix: str | None,
     quick_gelu: bool,
     size: tuple[int, int] | None,
-) -> tuple[Conversion, str, tuple[int, int]]:
+) -> tuple[Conversion, str, tuple[int, int], bool]:
+    rounded = False
     if all(name.startswith("module.") for name in state):  # of DistributedDataParallel
         state = {name.removeprefix("module."): value for name, value in state.items()}
     native = layout == "open_clip" and any(name.endswith(clip.ANCHOR) for name in state)
@@ -122,7 +124,7 @@ def _converted(
     if native:
         arch, size = clip.convert(weights, size, quick_gelu)
     elif layout == "dinov3":
-        arch, size = dinov3.convert(weights, size)
+        arch, size, rounded = dinov3.convert(weights, size)
     elif layout in ("dinov2", "gep"):
         arch, size = dinov2.convert(weights, size or (_GEP_SIZE if layout == "gep" else None))
     else:
@@ -140,7 +142,7 @@ def _converted(
     elif layout in ("dinov2", "dinov3"):
         weights.ignore_under(dinov2.HEADS, "pretraining only")
     weights.finish()
-    return weights, arch, size
+    return weights, arch, size, rounded
 
 
 def _representation(channels: int) -> str:

@@ -46,6 +46,8 @@ def graph_of(model: Any, kind: Kind, size: tuple[int, int] | None = None) -> Gra
     Raises:
         ValueError: a size that does not fit.
     """
+    lead: tuple[int, ...]
+    outputs: tuple[str, ...]
     if kind == "gep":
         module, lead, unit = model.encoder, (model.encoder.in_chans,), model.encoder.patch_size
         outputs = ("tokens", "pooled")
@@ -69,7 +71,7 @@ def graph_of(model: Any, kind: Kind, size: tuple[int, int] | None = None) -> Gra
 
 
 class _Dense(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 

@@ -170,6 +170,7 @@ def _onnx(graph: Graph, path: Path, dynamic: bool) -> Run:
             output_names=list(graph.outputs),
             verbose=False,
         )
+        assert program is not None  # it is one by dynamo
         program.save(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
