@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from downstream.dense.features import HasParts
+from gep.data.images import StillImages
 from gep.data.paired import Recordings, collate
 from gep.evaluate import collect
 from gep.events.frames import frames as frames_of
@@ -80,7 +82,7 @@ def pool_tokens(tokens: Tensor, pool: Pool, real: Tensor | None = None) -> Tenso
 
 
 def window_features(
-    model: GEPModel, batch: dict[str, Any], *, use_backbone: bool = True, pool: Pool = "mean"
+    model: HasParts, batch: dict[str, Any], *, use_backbone: bool = True, pool: Pool = "mean"
 ) -> WindowFeatures:
     """Features of every window of a batch.
 
@@ -131,7 +133,7 @@ def pixel_features(batch: dict[str, Any], cells: tuple[int, int], represent: Any
 
 def extract(
     model: GEPModel,
-    source: Recordings,
+    source: Recordings | StillImages,
     accelerator: Accelerator,
     *,
     batch_size: int,
@@ -157,8 +159,8 @@ def extract(
         }
 
     found = collect(rows, source, collate=collate, batch_size=batch_size, accelerator=accelerator, title=title)
-    parts = (found[name].float() for name in ("window", "image", "encoder"))
-    return WindowFeatures(*parts, has_past), found["label"]
+    window, image, encoder = (found[name].float() for name in ("window", "image", "encoder"))
+    return WindowFeatures(window, image, encoder, has_past), found["label"]
 
 
 def reinitialise(model: GEPModel, seed: int) -> None:

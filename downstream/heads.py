@@ -29,6 +29,11 @@ class LinearProbe:
         """(N, D) -> logits (N, K) float64."""
         return (features.double() - self.mean) / self.scale @ self.weight.T + self.bias
 
+    def folded(self) -> dict[str, Tensor]:
+        """`weight` (K, D) and `bias` (K,) on features as they are: standardisation and classifier in one."""
+        weight = self.weight / self.scale
+        return {"weight": weight, "bias": self.bias - weight @ self.mean}
+
 
 def fit_linear_probe(
     features: Tensor, labels: Tensor, num_classes: int, *, c: float = 1.0, max_iterations: int = 500

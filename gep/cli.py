@@ -1,4 +1,4 @@
-"""`gep demo | natural | scenes | info | render | predict | embed | convert | shard | plan | import | export`."""
+"""`gep demo | natural | scenes | info | render | predict | embed | convert | shard | plan | import | export | app`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gep import __version__, config
+from gep.app.command import add_command as add_app
 from gep.interop.command import add_commands as add_interop
 
 
@@ -69,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_reading(render)
     render.set_defaults(run=_render)
 
-    predict = commands.add_parser("predict", help="segmentation or depth of a recording or a labelled data set, drawn")
-    predict.add_argument("model", help="a dense model: the export of a segmentation or depth run, or a Hub id")
+    predict = commands.add_parser("predict", help="segmentation, depth or classes of a recording or a labelled set")
+    predict.add_argument("model", help="export/ of a segmentation or depth run, classifier/ of recognition, a Hub id")
     predict.add_argument("path", type=Path, help="a recording; with --data the data set's root")
     predict.add_argument(
-        "-o", "--out", type=Path, required=True, help="the film (.mp4, .gif), or a folder of PNGs (no suffix)"
+        "-o", "--out", type=Path, help="the film (.mp4, .gif), or a folder of PNGs (no suffix); classes: a .json"
     )
     predict.add_argument("--data", help="name of the data set that path holds: every sample, with its ground truth")
     predict.add_argument("--split", default="test", help="--data: its split (%(default)s)")
@@ -132,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     _add_plan(commands)
     add_interop(commands)
+    add_app(commands)
 
     # argparse does not take positionals on both sides of an option, so these are collected by hand.
     arguments, rest = parser.parse_known_args(argv)
@@ -201,7 +204,6 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     plan.add_argument("--gpus", type=int, default=1, help="devices that share a batch (%(default)s)")
     plan.add_argument("--device", default="auto", help="h200, h100, a100-80, rtx4090, l40s, cpu, …; default: this one")
     plan.add_argument("--sharding", choices=("ddp", "fsdp"), default="ddp", help="(%(default)s)")
-    plan.add_argument("--checkpointing", action="store_true", help="the trained blocks run again when going backward")
     plan.add_argument("--mfu", type=float, default=0.0, help="share of the peak, in place of the assumed rates")
     plan.add_argument("--events", type=float, default=30_000, help="events a window, where cut by time (%(default)s)")
     plan.add_argument("--measure", action="store_true", help="calibrate by a few real steps here; needs no data")
@@ -245,7 +247,7 @@ def _render(arguments: argparse.Namespace) -> None:
     print(arguments.out)
 
 
-def _render_beside(arguments: argparse.Namespace, still: bool, film: dict[str, float]) -> None:
+def _render_beside(arguments: argparse.Namespace, still: bool, film: dict[str, Any]) -> None:
     import torch
 
     from downstream.llm_evrep.model import EvRep
@@ -265,37 +267,9 @@ def _render_beside(arguments: argparse.Namespace, still: bool, film: dict[str, f
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    import torch
+    from downstream.predict import run
 
-    from downstream.dense.model import DenseModel
-    from downstream.dense.predict import predict_data, predict_recording
-    from downstream.dense.settings import PredictOptions, data_of
-    from gep.data.registry import list_recordings
-    from gep.events.io import open_events
-
-    if not arguments.data and arguments.options:
-        raise ValueError(f"{arguments.options[0]} has no effect on a recording; name a data set with --data")
-    if arguments.data and (arguments.start_ms or arguments.step_ms or arguments.stop_ms is not None):
-        raise ValueError("--start-ms, --stop-ms and --step-ms have no effect with --data: its labels say when")
-    if arguments.data and (arguments.rectify_map or arguments.raw):
-        raise ValueError("--rectify-map and --raw have no effect with --data: the data set has its own maps")
-    model = DenseModel.from_pretrained(arguments.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    shown = {"fps": arguments.fps, "npz": arguments.npz}
-    if arguments.data:
-        options = config.load(PredictOptions, arguments.options)
-        chosen = {name: getattr(options, name) for name in config.given(arguments.options)}
-        data = data_of(model, {"name": arguments.data, "root": str(arguments.path), **chosen})
-        listing = list_recordings(arguments.data, arguments.path, arguments.split, data)
-        print(listing.describe())
-        print(json.dumps(predict_data(model, listing, arguments.out, data=data, **shown), indent=2))
-    else:
-        times = {f"{name}_us": round(1000 * getattr(arguments, f"{name}_ms")) for name in ("start", "step")}
-        stop_us = None if arguments.stop_ms is None else round(1000 * arguments.stop_ms)
-        with open_events(arguments.path, height=arguments.height, width=arguments.width) as source:
-            view = {"rectify_map": arguments.rectify_map, "raw": arguments.raw}
-            count = predict_recording(model, source, arguments.out, stop_us=stop_us, **times, **view, **shown)
-        print(f"{count:,} predictions")
-    print(arguments.out)
+    run(arguments)
 
 
 def _embed(arguments: argparse.Namespace) -> None:

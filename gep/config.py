@@ -66,7 +66,7 @@ def load(schema: type[T], argv: Sequence[str] | None = None) -> T:
         raise ConfigError(f"{error.full_key} has no default: give {error.full_key}=VALUE") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from None
-    return _build(schema, plain, "")
+    return _build(schema, typing.cast(dict[str, Any], plain), "")
 
 
 def given(argv: Sequence[str] | None = None) -> set[str]:
@@ -172,7 +172,7 @@ def _parse(overrides: list[str]) -> DictConfig:
         try:
             # An empty value means the empty string, as in a shell; null says "none".
             parsed = OmegaConf.from_dotlist([override]) if value else OmegaConf.create(_nested(key, ""))
-            given = OmegaConf.merge(given, parsed)
+            given = typing.cast(DictConfig, OmegaConf.merge(given, parsed))
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from None
     return given
@@ -192,7 +192,7 @@ def _refuse_unknown_keys(schema: type, given: DictConfig, source: str) -> None:
         hints = typing.get_type_hints(sub_schema)
         names = [f.name for f in fields(sub_schema)]
         for key in node:
-            dotted = f"{prefix}{key}"
+            dotted = prefix + str(key)
             if key not in names:
                 near = difflib.get_close_matches(dotted, [*known, *groups], n=3, cutoff=0.6)
                 # The right leaf in the wrong group is the commonest slip: train.lr for optim.lr.
@@ -201,8 +201,7 @@ def _refuse_unknown_keys(schema: type, given: DictConfig, source: str) -> None:
                 hint = f"did you mean {' or '.join(near[:3])}?" if near else f"keys here are: {own}"
                 raise ConfigError(f"unknown key {dotted} in {source}: {hint}")
             inner = _dataclass_in(hints[key])
-            if inner is not None and isinstance(node._get_node(key), DictConfig) and not node._is_none():
-                child = node._get_node(key)
+            if inner is not None and isinstance(child := node._get_node(key), DictConfig) and not node._is_none():
                 if not (child._is_none() or child._is_interpolation() or child._is_missing()):
                     visit(inner, child, dotted + ".")
 
@@ -305,12 +304,12 @@ def field_meanings(schema: type) -> dict[str, str]:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except (OSError, TypeError, SyntaxError):  # no source: a frozen app, a class typed into a console
             continue
-        body = tree.body[0].body  # type: ignore[attr-defined]
-        for statement, following in itertools.pairwise(body):
+        assert isinstance(tree.body[0], ast.ClassDef)
+        for statement, following in itertools.pairwise(tree.body[0].body):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
                 literal = following.value
                 if isinstance(literal, ast.Constant) and isinstance(literal.value, str):
-                    meanings[statement.target.id] = " ".join(literal.value.split())  # type: ignore[union-attr]
+                    meanings[ast.unparse(statement.target)] = " ".join(literal.value.split())
     return meanings
 
 

@@ -134,10 +134,11 @@ def embed(
         raise ValueError(f"{source.path}: holds no events to embed")
     needs = what not in ("tokens", "pooled")
     stream = model.stream(source.height, source.width, span=span, window_us=window_us, t0_us=first, backbone=needs)
-    total, took, first_s = -(-(last - first) // stream.window_us), Latencies(), None
+    total, took, first_s = -(-(last - first) // stream.window_us), Latencies(), 0.0
     beside = out.with_name(f"{out.stem}.times.npy")
     with replacing(out) as to, replacing(beside) as times_to, open(to, "wb") as file, open(times_to, "wb") as times:
-        rows, bounds = None, NpyWriter(times, (2,), np.int64)
+        rows: NpyWriter | None = None
+        bounds = NpyWriter(times, (2,), "i8")
         windows = source.windows(stream.window_us)
         for events, (_, end) in tqdm(
             windows, total=total, desc=out.name, unit="window", disable=None if progress else True, leave=False
@@ -154,6 +155,7 @@ def embed(
                 took.add(seconds)
             rows.append(row)
             bounds.append(np.array([window.t0_us, window.t1_us]))
+        assert rows is not None  # the span is not empty
         rows.close()
         bounds.close()
         out.unlink(missing_ok=True)  # an earlier array is never seen with these times

@@ -14,6 +14,12 @@ from gep.accelerator import to_device
 from gep.data.sampler import Batch, EvaluationBatches, Sample, SampleSource
 
 
+def evenly(count: int, most: int) -> np.ndarray:
+    """int64 indices of at most `most` of `count` samples, spread evenly; all of them for most = 0."""
+    kept = min(count, most) if most else count
+    return np.arange(kept, dtype=np.int64) * count // max(1, kept)
+
+
 @torch.no_grad()
 def collect(
     function: Callable[[Batch], dict[str, Tensor]],

@@ -170,6 +170,7 @@ ENCODER: Check = record(
         "drop_path": real(0, 0.999),
         "keep": either(real(1e-6, 1), one_of("active"), "a share in (0, 1], or 'active'"),
         "background": real(-1e9, 1e9),
+        "rope_bf16": one_of(True, False),
     }
 )
 """Keywords of gep.models.EventEncoder; ViT-g is 40 blocks of 1408 channels, and arch names it."""

@@ -114,7 +114,7 @@ class GEPModel(Pretrained):
         self.encoder = EventEncoder(**encoder)
         self.backbone = None if backbone is None else Backbone(**backbone)
         self.classes = None if classes is None else list(classes)
-        self.class_head = None if classes is None else nn.Linear(self.encoder.embed_dim, len(self.classes))
+        self.class_head = None if self.classes is None else nn.Linear(self.encoder.embed_dim, len(self.classes))
         if self.class_head is not None:
             self.class_head.requires_grad_(False)  # the teacher's
         self.input_settings: dict[str, Any] = {key: input[key] for key in INPUT_KEYS}
@@ -142,12 +142,12 @@ class GEPModel(Pretrained):
             encoder=encoder.config,
             representation=describe(represent),
             input={key: getattr(input, key) for key in INPUT_KEYS},
-            classes=None if head is None else teacher.classes,
+            classes=None if teacher is None or head is None else teacher.classes,
             # A folder's path means nothing elsewhere.
             teacher=None if teacher is None or teacher.spec.startswith("export:") else teacher.spec,
         )
         model.encoder, model.backbone = encoder, backbone
-        if head is not None:
+        if head is not None and model.class_head is not None:
             model.class_head.load_state_dict(head.state_dict())
             model.class_head.to(model.device)
         return model

@@ -3,18 +3,20 @@
 All of them compute in float32 even under autocast, and none of them detaches anything.
 """
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Regression: TypeAlias = Literal["mse", "cosine", "mse_cosine", "smooth_l1"]
 
 
 def regression(
     prediction: Tensor,
     target: Tensor,
     *,
-    kind: Literal["mse", "cosine", "mse_cosine", "smooth_l1"] = "smooth_l1",
+    kind: Regression = "smooth_l1",
     weight: Tensor | None = None,
     denominator: Tensor | float | None = None,
 ) -> Tensor:

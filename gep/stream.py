@@ -92,8 +92,9 @@ class EventStream:
             )
         self.model, self.height, self.width = model, height, width
         self.window_us = window_us or settings["window_us"]
-        self.backbone = backbone and model.backbone is not None
-        self.span = _span(model.backbone, span, settings) if self.backbone else None
+        used = model.backbone if backbone else None
+        self.backbone = used is not None
+        self.span = None if used is None else _span(used, span, settings)
         if span is not None and not self.backbone:
             warnings.warn(f"span = {span} has no effect without a backbone", stacklevel=3)
         self._cache = KVCache(span=self.span) if self.backbone else None
@@ -148,7 +149,7 @@ class EventStream:
         """The windows that are left, the last one with the events it has; after it the stream takes nothing more."""
         self._check_open()
         self._closed = True
-        if self._begin is not None:
+        if self._begin is not None and self._now is not None:
             # An event at the very begin of a window lies in it.
             covered = self._now + 1 if self._held and self._held[-1].t[-1] == self._now else self._now
             self._now = self._begin + -(-(covered - self._begin) // self.window_us) * self.window_us
@@ -164,7 +165,7 @@ class EventStream:
 
     def _whole(self) -> Iterator[StreamedWindow]:
         """The windows that end before any event still to come."""
-        while self._begin is not None and self._begin + self.window_us <= self._now:
+        while self._begin is not None and self._now is not None and self._begin + self.window_us <= self._now:
             begin, end = self._begin, self._begin + self.window_us
             events, self._begin = self._take(end), end
             yield self._window(events, begin, end)
@@ -184,14 +185,14 @@ class EventStream:
             return parts[0]
         if not parts:
             return Events.empty(self.height, self.width)
-        columns = (np.concatenate([getattr(part, name) for part in parts]) for name in "txyp")
-        return Events(*columns, self.height, self.width)
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in "txyp"}
+        return Events(**columns, height=self.height, width=self.width)
 
     def _window(self, events: Events, begin: int, end: int) -> StreamedWindow:
         frames, bounds = self.model.frames(events, np.array([[begin, end]], np.int64))
         out = self.model.predict_frames(frames, bounds[..., 1], backbone=self.backbone, cache=self._cache)
         tensors = (None if value is None else value[0, 0] for value in out)
-        return StreamedWindow(*tensors, begin, end, len(events))
+        return StreamedWindow._make([*tensors, begin, end, len(events)])
 
 
 def _span(backbone: Backbone, span: int | None, settings: Mapping[str, Any]) -> int:
@@ -206,4 +207,5 @@ def _span(backbone: Backbone, span: int | None, settings: Mapping[str, Any]) -> 
 
 
 def _copy(events: Events) -> Events:
-    return Events(*(getattr(events, name).copy() for name in "txyp"), events.height, events.width)
+    columns = {name: getattr(events, name).copy() for name in "txyp"}
+    return Events(**columns, height=events.height, width=events.width)

@@ -8,8 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from gep.data.image_stream import StillStream
 from gep.data.mix import Mixed
 from gep.data.paired import Recordings
+from gep.data.sampler import SampleSource
 from gep.data.token_cache_fill import attach
 from gep.data.token_cache_write import Teacher
 from gep.models.encoder import EventEncoder
@@ -66,12 +68,17 @@ def check_crops(encoder: EventEncoder, cfg: Stage1Config) -> None:
             )
 
 
+def _recordings(source: SampleSource | StillStream) -> Recordings:
+    assert isinstance(source, Recordings)  # `check_cacheable` has refused the others
+    return source
+
+
 def attach_cache(
     cfg: Stage1Config,
     teacher: FrozenVFM,
     accelerator: Accelerator,
-    train_set: Recordings | Mixed,
-    eval_set: Recordings,
+    train_set: SampleSource | StillStream,
+    eval_set: SampleSource,
 ) -> None:
     """Lets both sets read the teacher's tokens from `teacher.cache`, making what is missing; on every rank.
 
@@ -83,12 +90,12 @@ def attach_cache(
         with accelerator.autocast():  # as in training, so that both say the same
             return teacher.features(images)
 
+    trained: dict[str, SampleSource | StillStream] = {"training": train_set}
     if isinstance(train_set, Mixed):
         trained = {f"data.mix.{name}": source for name, source in zip(train_set.names, train_set.sources)}
-    else:
-        trained = {"training": train_set}
+    sources = {name: (_recordings(source), True) for name, source in trained.items()}
     attach(
-        {**{name: (source, True) for name, source in trained.items()}, "evaluation": (eval_set, False)},
+        {**sources, "evaluation": (_recordings(eval_set), False)},
         cfg.teacher.cache,
         Teacher(
             features,

@@ -19,6 +19,7 @@ from gep.evaluate import collect
 from gep.events.frames import PerSource
 from gep.export import WEIGHTS
 from gep.hub import GEPModel
+from gep.logs import shown
 from gep.models.sparse import background_of
 from stage1_align.cache import attach_cache, check_crops
 from stage1_align.task import Stage1Config, Stage1Task, check_fit, evaluate_alignment
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         own = represent.of(0) if isinstance(represent, PerSource) else represent
         model = GEPModel.from_parts(encoder, own, first, teacher=teacher)
         model.save_pretrained(Path(run_dir) / "export", metrics=metrics, data={"train": train_set.describe()})
-    accelerator.print({name: round(value, 4) for name, value in metrics.items()})
+    accelerator.print(shown(metrics))
     return metrics
 
 

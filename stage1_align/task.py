@@ -202,7 +202,7 @@ class Stage1Task(nn.Module):
         cosine = _mean(F.cosine_similarity(per_sample, target[:, None].float(), dim=-1).flatten(0, 1), windows, real)
         mean = _mean(tokens.float(), windows, real)
         rows = {
-            "event": F.normalize(self.encoder.embed(mean), dim=-1),
+            "event": F.normalize(self.encoder.embed(mean).float(), dim=-1),
             "image": F.normalize(teacher_pooled.float(), dim=-1),
             "token_cosine": cosine,
             "label": batch["label"],
@@ -246,7 +246,7 @@ class Stage1Task(nn.Module):
         """(value for the log, term of the loss) of the contrastive part."""
         softmax = self.loss.contrastive_kind == "info_nce"
         function = info_nce if softmax else siglip
-        extra = {} if softmax else {"bias": self.bias}
+        extra: dict[str, Any] = {} if softmax else {"bias": self.bias}
         # CLIP's bound: past a scale of 100 the softmax is numerically a hard maximum.
         scale = self.log_scale.clamp(max=math.log(100)).exp()
         if context is None:
@@ -321,7 +321,7 @@ def _mean(values: Tensor, windows: int, real: Tensor | None) -> Tensor:
     return mean_token(values, real).unflatten(0, (-1, windows)).mean(dim=1)
 
 
-def _detached(values: dict[str, Tensor]) -> dict[str, Tensor]:
+def _detached(values: dict[str, Tensor]) -> dict[str, Any]:
     return {name: value.detach() for name, value in values.items()}
 
 
@@ -334,7 +334,8 @@ def evaluate_alignment(rows: dict[str, Tensor]) -> dict[str, float]:
     """
     metrics: dict[str, float] = {}
     for name in ("event_to_image", "image_to_event"):
-        ahead = candidates_ahead(*(rows[side] for side in name.split("_to_")))
+        query, answer = name.split("_to_")
+        ahead = candidates_ahead(rows[query], rows[answer])
         for k in (1, 5):
             metrics[f"{name}_r{k}"] = 100 * (ahead < k).float().mean().item()
     metrics["token_cosine"] = rows["token_cosine"].mean().item()

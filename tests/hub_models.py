@@ -12,6 +12,7 @@ from downstream.dense.heads import build_head
 from downstream.dense.model import DenseModel
 from downstream.llm_evrep.generator import build_generator
 from downstream.llm_evrep.model import EvRep
+from downstream.recognition.model import GEPClassifier
 from gep.events.represent import EventImage, Histogram
 from gep.hub import GEPModel
 from gep.models import EventEncoder, ImageModel
@@ -39,9 +40,14 @@ def evrep() -> EvRep:
     return EvRep(EventImage(), build_generator("nano", in_chans=3), input_settings=INPUT).eval()
 
 
+def classifier() -> GEPClassifier:
+    return GEPClassifier(gep(), ["left", "right"], feature="last").eval()
+
+
 MODELS: dict[str, Callable[[], Pretrained]] = {
     "gep": gep,
     "dense": dense,
     "evrep": evrep,
+    "classifier": classifier,
     "image": lambda: ImageModel(NANO, ["cat", "dog"]).eval(),
 }

@@ -1,4 +1,7 @@
-"""The driving sets, read from tiny copies of their layouts: spans, views, depth, masks and events by value."""
+"""The driving sets, read from tiny copies of their layouts: spans, views, depth, masks and events by value.
+
+One file: the sets share the tiny copies that are written here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The evaluation: its numbers, its table, and that a killed one asks nothing twice and ends the same."""
+"""The evaluation: its numbers, its table, and that a killed one asks nothing twice and ends the same.
+
+One file: all of it looks at the same small evaluation.
+"""
 
 from __future__ import annotations
 

@@ -205,3 +205,17 @@ def test_a_generator_starts_from_an_export(tmp_path, represent, scale):
     assert generator.encoder.config["mean"] == [0.5] * represent.channels
     with pytest.raises(ValueError, match="nano, small"):
         gep_generator(tmp_path / "gep", preset="big")
+
+
+def test_what_is_padded_counts_as_no_events_where_patches_are_left_out() -> None:
+    """An image-like representation is 1 where there is nothing; frames come divided by `frame_scale`."""
+    encoder = EventEncoder("nano", 3, (36, 36), keep="active", background=1.0)
+    generator = GEPGenerator(encoder, windows=1, frame_scale=4.0).eval()
+    frames = torch.full((1, 3, 34, 41), 0.25)
+    frames[..., 8, 9] = 0.0
+    seen = []
+    plain, encoder.intermediates = encoder.intermediates, lambda x, num: seen.append(x) or plain(x, num)
+    with torch.no_grad():
+        assert generator(frames).shape == (1, 3, 34, 41)
+    active = encoder.real(seen[0])[0]
+    assert seen[0].shape[-2:] == (36, 42) and active.nonzero().flatten().tolist() == [1 * 7 + 1]

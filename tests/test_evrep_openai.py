@@ -1,4 +1,7 @@
-"""The reader behind an endpoint: what it asks, what it bears, what it counts, and that its key stays with it."""
+"""The reader behind an endpoint: what it asks, what it bears, what it counts, and that its key stays with it.
+
+One file: one reader against one endpoint, fault by fault.
+"""
 
 from __future__ import annotations
 

@@ -93,6 +93,13 @@ def test_a_commit_or_branch_pins_the_weights(hub: HubServer) -> None:
     assert list(hub.repos["someone/events"].refs) == ["main", "wide"]
     for revision, seed in ((None, 1), ("main", 1), (first, 0), (second, 1), ("wide", 2)):
         assert same(GEPModel.from_pretrained("someone/events", revision=revision), gep(seed)), revision
+        if revision:
+            assert same(GEPModel.from_pretrained(f"someone/events@{revision}"), gep(seed)), revision
+            assert same(GEPModel.from_pretrained(f"someone/events@{revision}", revision=revision), gep(seed))
+    with pytest.raises(ValueError, match=r"revision='main' is another one"):
+        GEPModel.from_pretrained("someone/events@wide", revision="main")
+    with pytest.raises(ValueError, match="after the @"):
+        GEPModel.from_pretrained("someone/events@")
     published(hub, 3)
     assert same(GEPModel.from_pretrained("someone/events", revision=first), gep(0))
     assert same(GEPModel.from_pretrained("someone/events"), gep(3))

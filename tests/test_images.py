@@ -1,4 +1,7 @@
-"""Image data sets as samples: parquet, folders, loose files; geometry by hand."""
+"""Image data sets as samples: parquet, folders, loose files; geometry by hand.
+
+One file: the same pictures in each way that they can lie on disk.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gep.config": (),
     "gep.card": (),
     "gep.export_schema": (),
-    "gep.export": ("gep.card",),
+    "gep.folder_swap": (),
+    "gep.export": ("gep.card", "gep.folder_swap"),
     "gep.pretrained": ("gep.export", "gep.export_schema"),
     "gep.distributed": (),
     "gep.optim": (),
@@ -27,11 +28,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gep.models.layers": (),
     "gep.models": ("gep.models", "gep.events.represent", "gep.export", "gep.export_schema", "gep.pretrained"),
     "gep.data": ("gep.data", "gep.events", "gep.distributed"),
-    "gep.checkpoint": ("gep.config", "gep.distributed"),
-    "gep.accelerator": ("gep.distributed", "gep.logs"),
+    "gep.run_lock": ("gep.distributed",),
+    "gep.mask": (),
+    "gep.checkpoint_files": (),
+    "gep.checkpoint": ("gep.config", "gep.distributed", "gep.run_lock", "gep.checkpoint_files", "gep.mask"),
+    "gep.accelerator": ("gep.distributed", "gep.cpu", "gep.logs"),
     "gep.engine": (
         "gep.optim",
         "gep.checkpoint",
+        "gep.run_lock",
         "gep.logs",
         "gep.guards",
         "gep.distributed",
@@ -46,11 +51,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gep.cli": ("gep", "stage1_align", "stage2_autoregress", "downstream"),
     "gep.demo": ("gep", "stage1_align", "stage2_autoregress", "downstream"),
     "gep.plan": ("gep", "stage1_align", "stage2_autoregress"),
+    "gep.app": ("gep", "downstream"),
     "stage1_align": ("gep", "stage1_align"),
     "stage2_autoregress": ("gep", "stage2_autoregress"),
     "downstream": ("gep", "downstream"),
 }
-ROOF = ("gep.cli", "gep.demo", "gep.plan", "gep.interop.command")
+ROOF = ("gep.cli", "gep.demo", "gep.plan", "gep.interop.command", "gep.app")
 
 
 def modules() -> list[tuple[str, Path]]:

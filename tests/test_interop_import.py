@@ -16,6 +16,7 @@ from gep.hub import GEPModel
 from gep.interop import dinov2
 from gep.interop.encoder import import_encoder
 from gep.interop.table import Conversion
+from gep.models import EventEncoder
 
 CLOSE = 1e-5
 
@@ -123,9 +124,31 @@ def test_dinov3_refuses_other_periods_and_biased_keys(tmp_path):
     save_file({**state, "blocks.3.attn.qkv.bias_mask": torch.ones(1152)}, tmp_path / "k.safetensors")
     with pytest.raises(ValueError, match="blocks.3.attn.qkv.bias is not zero on the keys"):
         import_encoder(tmp_path / "k.safetensors", "dinov3")
-    rounded = dict(state, **{"rope_embed.periods": state["rope_embed.periods"].bfloat16()})
-    save_file(rounded, tmp_path / "r.safetensors")
-    assert "the file's are rounded" in import_encoder(tmp_path / "r.safetensors", "dinov3").table
+    halved = dict(state, **{"rope_embed.periods": state["rope_embed.periods"] * 1.001})
+    save_file(halved, tmp_path / "h.safetensors")
+    with pytest.raises(ValueError, match="in float32 or bfloat16"):
+        import_encoder(tmp_path / "h.safetensors", "dinov3")
+
+
+def test_dinov3_turns_by_the_releases_rounded_periods(tmp_path):
+    """The releases hold them in bfloat16; an encoder that computes them in float32 is off by far more than allowed."""
+    state = dinov3_state()
+    state["rope_embed.periods"] = state["rope_embed.periods"].bfloat16()
+    save_file(state, tmp_path / "r.safetensors")
+    imported = import_encoder(tmp_path / "r.safetensors", "dinov3", size=(64, 96), normalise="none")
+    assert imported.model.encoder.config["rope_bf16"] and "rounded to bfloat16" in imported.table
+    imported.model.save_pretrained(tmp_path / "m")
+    x, model = frames(3, 64, 96), GEPModel.from_pretrained(tmp_path / "m")
+    want = dinov3_forward(state, x)[:, 1:]
+    assert largest(tokens_of(model, x), want) < CLOSE
+    with torch.no_grad():  # cast down and up again, its periods are still those
+        assert largest(tokens_of(model.bfloat16().float(), x), want) < 0.5
+    assert torch.equal(model.encoder.vit.rope.periods.cpu(), state["rope_embed.periods"].float())
+    plain = GEPModel.from_config({**imported.model.config, "encoder": {**model.encoder.config, "rope_bf16": False}})
+    plain.load_state_dict(imported.model.state_dict())
+    assert largest(tokens_of(plain.eval(), x), want) > 10 * CLOSE
+    with pytest.raises(ValueError, match="rope_bf16 has no meaning for encoder arch 'nano'"):
+        EventEncoder("nano", rope_bf16=True)
 
 
 @pytest.mark.parametrize("quick", [False, pytest.param(True, marks=pytest.mark.slow)])

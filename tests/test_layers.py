@@ -1,4 +1,7 @@
-"""Planes in space against rays cast one pixel at a time; parallax, occlusion and light by hand; events of all that."""
+"""Planes in space against rays cast one pixel at a time; parallax, occlusion and light by hand; events of all that.
+
+One file: the caster of rays is what all of it is compared with.
+"""
 
 from __future__ import annotations
 

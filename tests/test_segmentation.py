@@ -143,6 +143,15 @@ def test_colours_and_classes() -> None:
         assert json.loads(json.dumps(problem.task)) == problem.task
     with pytest.raises(ValueError, match="names no classes"):
         Segmentation.of(Listing("mvsec", "train", (), (), np.zeros(0, np.int64), ()))
+    of_recordings = Listing("folder", "train", ("a",), (), np.zeros(1, np.int64), ("street",))
+    with pytest.raises(ValueError, match=r"classes of recordings, not of masks.*classes\.txt"):
+        Segmentation.of(of_recordings)
+    notes = {"colours": "- #010203 #9731cc"}
+    own = Segmentation.of(
+        Listing("folder", "train", (), (), np.zeros(0, np.int64), ("road", "mud", "car"), notes=notes)
+    )
+    usual = Segmentation.of(Listing("x", "train", (), (), np.zeros(0, np.int64), ("road", "mud", "car")))
+    assert own.palette == (usual.palette[0], (1, 2, 3), (151, 49, 204)) and own.palette[1] != usual.palette[1]
 
 
 def test_messages(world: dict[str, Path], tmp_path: Path) -> None:

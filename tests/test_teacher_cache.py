@@ -1,4 +1,7 @@
-"""The teacher's tokens on disk: equal losses with and without, crops and flips by hand, ranks, kills, refusals."""
+"""The teacher's tokens on disk: equal losses with and without, crops and flips by hand, ranks, kills, refusals.
+
+One file: every test trains or reads by the same small cache.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -165,6 +166,37 @@ def test_tokens_of_something_else_are_refused(
     if "teacher" not in message:  # whose tokens would not fit the events' grid
         with pytest.raises(ValueError, match=message):
             pack.main(arguments(world, f"pack={packed}", "pack_dtype=fp32", "shard_mb=1", *more, model=model))
+
+
+def test_the_teacher_is_built_where_it_looks_at_images_alone(
+    world: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("built")
+
+    monkeypatch.setattr(FrozenVFM, "from_spec", never)
+    stage2.main(arguments(world, *small_run(tmp_path / "run", f"tokens={packed}")))
+    inputs = json.loads((tmp_path / "run" / "inputs.json").read_text())
+    weights = (world / "teacher" / "model.safetensors").read_bytes()
+    assert set(inputs) == {"model", "teacher.name", "tokens"}
+    assert inputs["teacher.name"] == hashlib.sha256(weights).hexdigest()
+    # On events alone no teacher is even named.
+    alone = ("sequence.image_last=0", "sequence.events=1", "loss.image=0", "teacher.name=")
+    tokens = pack.main(arguments(world, f"pack={tmp_path / 'tokens'}", *alone))
+    for name, given in (("fly", ""), ("packed", tokens)):
+        found = stage2.main(arguments(world, *small_run(tmp_path / name, f"tokens={given}"), *alone))
+        assert found["eval/loss"] > 0 and "eval/predicted_image_r1" not in found
+    with pytest.raises(AssertionError, match="built"):
+        stage2.main(arguments(world, *small_run(tmp_path / "images")))
+
+
+def test_another_teachers_tokens_are_refused_without_building_it(world: Path, packed: Path, tmp_path: Path) -> None:
+    ImageModel({"arch": "nano", "in_chans": 3, "img_size": (36, 36)}, list("0123456789")).save(tmp_path / "teacher")
+    argv = arguments(world, *small_run(tmp_path / "run", f"tokens={packed}"))
+    with pytest.raises(ValueError, match=r"teacher: export [0-9a-f]{16} there, export [0-9a-f]{16} now"):
+        stage2.main([*argv, f"teacher.name=export:{tmp_path / 'teacher'}"])
+    with pytest.raises(ValueError, match=r"teacher: export [0-9a-f]{16} there, timm:vit_x [0-9a-f]{16} now"):
+        stage2.main([*argv, "teacher.name=timm:vit_x"])
 
 
 def test_tokens_stand_without_the_data_set(world: Path, packed: Path, tmp_path: Path) -> None:

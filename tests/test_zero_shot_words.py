@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from types import SimpleNamespace
-
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from test_hub import recording
-from torch import nn
 
-from gep.events.represent import Histogram
-from gep.hub import GEPModel
-from gep.models import EventEncoder, FrozenVFM
+from gep.models import FrozenVFM
 from gep.models.words import class_vectors
+from tests.clip_models import ARCH, aligned, tiny_clip
 
-ARCH = "gep-words"
-CLIP = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 WORDS = ["cat", "dog", "paper plane"]
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """A tiny open_clip model, and a checkpoint of it."""
-    folder = tmp_path_factory.mktemp("clip")
-    (folder / f"{ARCH}.json").write_text(json.dumps(CLIP))
-    open_clip.add_model_config(folder)
-    torch.manual_seed(0)
-    model = open_clip.create_model(ARCH).eval()
-    nn.init.normal_(model.text_projection)
-    torch.save(model.state_dict(), folder / "tiny.pt")
-    return folder / "tiny.pt", model
-
-
-def aligned(clip, tmp_path, head_dim=24) -> GEPModel:
-    torch.manual_seed(1)
-    encoder = EventEncoder("nano", 2, (36, 36), head_dim=head_dim)
-    settings = {"height": 36, "width": 36, "fit": "pad", "windows": 2, "window_us": 50_000, "num_events": 0}
-    teacher = FrozenVFM.from_spec(f"open_clip:{ARCH}", file=clip[0])
-    GEPModel.from_parts(encoder, Histogram(), SimpleNamespace(**settings), teacher=teacher).save_pretrained(tmp_path)
-    return GEPModel.from_pretrained(tmp_path)
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.mark.parametrize("templates", [None, "openai", "simple", ["a photo of a {}.", "events of a {}"]])
 def test_words_give_the_cosines_of_open_clips_classifier(tmp_path, clip, templates):
-    model, (file, tower) = aligned(clip, tmp_path), clip
+    model, (file, tower) = aligned(clip[0], tmp_path), clip
     events = [recording(0), recording(1)]
     named = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
     own = ["{}"] if templates is None else named.get(templates, templates) if isinstance(templates, str) else templates
@@ -71,7 +44,7 @@ def test_templates_are_averaged_before_the_length_is_made_one(clip):
 
 
 def test_the_tower_is_loaded_once_and_never_exported(tmp_path, clip, monkeypatch):
-    model = aligned(clip, tmp_path / "m")
+    model = aligned(clip[0], tmp_path / "m")
     names, count = set(model.state_dict()), sum(p.numel() for p in model.parameters())
     model.zero_shot(recording(), ["a cat", "a dog"], file=clip[0])
     monkeypatch.setattr(FrozenVFM, "from_spec", lambda *_, **__: pytest.fail("loaded again"))
@@ -85,7 +58,7 @@ def test_the_tower_is_loaded_once_and_never_exported(tmp_path, clip, monkeypatch
 
 
 def test_what_cannot_work_is_said(tmp_path, clip):
-    model = aligned(clip, tmp_path / "m")
+    model = aligned(clip[0], tmp_path / "m")
     with pytest.raises(ValueError, match="give a list of strings"):
         model.zero_shot(recording(), "a cat", file=clip[0])
     with pytest.raises(ValueError, match="templates='imagenet': choose one of openai, simple"):
@@ -95,9 +68,9 @@ def test_what_cannot_work_is_said(tmp_path, clip):
     with pytest.raises(ValueError, match="no effect without words"):
         model.zero_shot(recording(), torch.ones(2, 24), templates="simple")
     with pytest.raises(FileNotFoundError, match="none.pt does not exist"):
-        aligned(clip, tmp_path / "n").zero_shot(recording(), WORDS, file=tmp_path / "none.pt")
+        aligned(clip[0], tmp_path / "n").zero_shot(recording(), WORDS, file=tmp_path / "none.pt")
     with pytest.raises(ValueError, match="vectors have 8 features, those of open_clip:gep-words 24"):
-        aligned(clip, tmp_path / "o", head_dim=8).zero_shot(recording(), WORDS, file=clip[0])
+        aligned(clip[0], tmp_path / "o", head_dim=8).zero_shot(recording(), WORDS, file=clip[0])
     model.teacher = "timm:vit_tiny_patch16_224"
     model._text = None
     with pytest.raises(ValueError, match="aligned with timm:vit_tiny_patch16_224, which has no text tower"):

@@ -86,7 +86,7 @@ class CachedMaps:
             marks = accelerator.gather(torch.from_numpy(marks).to(accelerator.device)).cpu()
             for into, row in zip(kept, rows, strict=True):
                 into[marks[marks >= 0]] = accelerator.gather(row.contiguous()).cpu()[marks >= 0]
-        size, padded = (tuple(sides) for sides in (maps.size, maps.padded))
+        size, padded = ((int(rows), int(columns)) for rows, columns in (maps.size, maps.padded))
         return cls(source.listing.keys, tuple(kept[:-1]), kept[-1], target, size, padded)
 
     def __len__(self) -> int:

@@ -32,9 +32,24 @@ class FeatureMaps(NamedTuple):
 class HasParts(Protocol):
     """What features are made of; a GEPModel is such."""
 
-    represent: Representation
-    encoder: EventEncoder
-    backbone: Backbone | None
+    @property
+    def represent(self) -> Representation: ...
+
+    @property
+    def encoder(self) -> EventEncoder: ...
+
+    @property
+    def backbone(self) -> Backbone | None: ...
+
+
+class HasPatch(Protocol):
+    """What the features of a baseline are made of; a GEPModel is such, too."""
+
+    @property
+    def represent(self) -> Representation: ...
+
+    @property
+    def encoder(self) -> EventEncoder | _Patch: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class Parts:
     """Represented events, encoder and backbone without the rest of a GEPModel, whose input has a size of its own."""
 
     represent: Representation
-    encoder: EventEncoder | _Patch
+    encoder: EventEncoder
     backbone: Backbone | None
 
 
@@ -51,6 +66,12 @@ class _Patch:
     """All that a baseline takes from an encoder."""
 
     patch_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _PatchParts:
+    represent: Representation
+    encoder: _Patch
 
 
 class DenseFeatures(nn.Module):
@@ -158,6 +179,7 @@ class DenseFeatures(nn.Module):
             before = self.encoder(earlier.flatten(0, 1))[0].float().unflatten(0, earlier.shape[:2])
             tokens = torch.cat([before, tokens], dim=1)
         modality = torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+        assert self.backbone is not None
         output, states = self.backbone.intermediates(tokens, modality, t_us, grid, self.depths)
         seen = [state[:, -1] for state in states]
         # As in downstream.common: the hidden state knows more than the image that it predicts.
@@ -173,7 +195,7 @@ class HistogramFeatures(nn.Module):
         windows: T.
     """
 
-    def __init__(self, model: HasParts, *, windows: int) -> None:
+    def __init__(self, model: HasPatch, *, windows: int) -> None:
         super().__init__()
         self.represent, self.encoder, self.backbone = model.represent, None, None
         self.patch_size: tuple[int, int] = model.encoder.patch_size
@@ -185,7 +207,7 @@ class HistogramFeatures(nn.Module):
         """The module of `config` (the property)."""
         represent = representations.build(config["representation"]["name"], config["representation"]["params"])
         rows, columns = config["patch_size"]
-        return cls(Parts(represent, _Patch((rows, columns)), None), windows=config["windows"])
+        return cls(_PatchParts(represent, _Patch((rows, columns))), windows=config["windows"])
 
     @property
     def config(self) -> dict[str, Any]:
@@ -243,6 +265,7 @@ def features_from_config(config: Mapping[str, Any]) -> DenseFeatures | Histogram
     Raises:
         ValueError: another name.
     """
+    kinds: dict[str, type[DenseFeatures] | type[HistogramFeatures]]
     kinds = {"dense": DenseFeatures, "histogram": HistogramFeatures}
     if config["name"] not in kinds:
         raise ValueError(f"unknown features {config['name']!r}: choose one of {', '.join(kinds)}")

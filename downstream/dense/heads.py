@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ class Standardise(nn.Module):
     Args:
         channels: D_l of each level.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class Standardise(nn.Module):
         Raises:
             ValueError: no batch.
         """
-        count, mean, squares = 0, 0.0, 0.0
+        count, mean, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for levels in batches:
             values = torch.cat([level.double().transpose(0, 1).flatten(1) for level in levels])
             own = values.mean(dim=1)
@@ -61,7 +64,14 @@ class Standardise(nn.Module):
         self.std.copy_(std)
 
 
-class LinearHead(nn.Module):
+class Head(nn.Module):
+    """From the levels of features to a map of outputs."""
+
+    config: dict[str, Any]
+    """Name, outputs and width, from which `build_head` makes an equal one."""
+
+
+class LinearHead(Head):
     """1x1 convolution on all levels, standardised and concatenated.
 
     Args:
@@ -80,7 +90,7 @@ class LinearHead(nn.Module):
         return self.predict(torch.cat(self.standardise(levels), dim=1))
 
 
-class UPerHead(nn.Module):
+class UPerHead(Head):
     """Pyramid pooling, top-down sums and fusion over four scales that a ViT's maps of one scale are brought to.
 
     Args:
@@ -134,7 +144,7 @@ class UPerHead(nn.Module):
         return self.predict(self.fuse(torch.cat([_resize(top, tops[0].shape[-2:]) for top in tops], dim=1)))
 
 
-class DPTHead(nn.Module):
+class DPTHead(Head):
     """Maps reassembled at four scales and fused from coarse to fine by residual convolutions.
 
     The finest fusion stays at x4 of the token grid: with patches of 6 to 16 pixels that is close to the pixels.
@@ -201,7 +211,7 @@ class _Residual(nn.Module):
         return x + self.norm2(self.conv2(F.relu(y)))
 
 
-def build_head(name: HeadName, channels: Sequence[int], out: int, *, width: int = 256) -> nn.Module:
+def build_head(name: HeadName, channels: Sequence[int], out: int, *, width: int = 256) -> Head:
     """A head for the levels that features state.
 
     Args:
@@ -216,7 +226,7 @@ def build_head(name: HeadName, channels: Sequence[int], out: int, *, width: int 
     """
     if name == "linear":
         return LinearHead(channels, out)
-    heads = {"upernet": UPerHead, "dpt": DPTHead}
+    heads: dict[str, Callable[..., Head]] = {"upernet": UPerHead, "dpt": DPTHead}
     if name not in heads:
         raise ValueError(f"unknown head {name!r}: choose one of linear, {', '.join(heads)}")
     return heads[name](channels, out, width=width)
@@ -244,6 +254,7 @@ def _conv(dim: int, width: int, size: int) -> nn.Sequential:
 def _prediction(dim: int, out: int) -> nn.Conv2d:
     conv = nn.Conv2d(dim, out, 1)
     nn.init.normal_(conv.weight, std=0.01)
+    assert conv.bias is not None
     nn.init.zeros_(conv.bias)
     return conv
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from downstream.dense.features import DenseFeatures, FeatureMaps, HistogramFeatures, features_from_config
-from downstream.dense.heads import build_head
+from downstream.dense.heads import Head, build_head
 from gep import export
 from gep.export_schema import (
     BACKBONE,
@@ -100,7 +100,7 @@ class DenseModel(Pretrained):
     def __init__(
         self,
         features: DenseFeatures | HistogramFeatures,
-        head: nn.Module,
+        head: Head,
         *,
         kind: Task,
         input_settings: Mapping[str, Any],

@@ -61,7 +61,7 @@ def data_of(model: DenseModel, options: Mapping[str, Any] | None = None) -> Data
     """
     settings, options = model.input_settings, dict(options or {})
     rectified = settings.get("rectified", False)
-    known = {"rectify": True} if rectified else {}
+    known: dict[str, Any] = {"rectify": True} if rectified else {}
     known |= {"depth": settings["depth"]} if "depth" in settings else {"depth": "rect"} if rectified else {}
     for name, trained in known.items():
         if options.get(name, trained) != trained:

@@ -184,6 +184,7 @@ def after(kept: Listing, held: Recordings) -> Recordings:
     listing, data = held.listing, held.config
     if held.clips is not None or not data.window_us or listing.anchor == "start":
         return held
+    assert kept.spans is not None and listing.spans is not None
     last: dict[Path, int] = {}
     for file, end in zip(kept.files, kept.spans[:, 1].tolist()):
         last[file] = max(end, last.get(file, end))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,6 +112,10 @@ def _streamed(features: DenseFeatures, frame: Tensor, before: list[Tensor], ends
     return FeatureMaps([level.mT.unflatten(-1, grid) for level in levels], size, padded), own
 
 
+def _read(source: EventSource, view: Callable[[Events], Events], bounds: np.ndarray, number: int) -> Events:
+    return view(source.by_time(*bounds[number].tolist()))
+
+
 def predictions(
     model: DenseModel, source: EventSource, ends: range, view: Callable[[Events], Events] = lambda events: events
 ) -> Iterator[Prediction]:
@@ -125,6 +130,7 @@ def predictions(
     sensor, settings = (source.height, source.width), model.input_settings
     memory, num = Memory(model, sensor), settings["windows"]
     length, stop = settings["window_us"] * num or ends.step, 0
+    read: Callable[[int], Events]
     for end in ends:
         if settings["num_events"]:
             # By index, so that as many are read as are needed, however dense the recording is.
@@ -135,9 +141,7 @@ def predictions(
         else:
             edges = np.array([end - length + k * length // num for k in range(num + 1)], np.int64)
             bounds = np.stack([edges[:-1], edges[1:]], axis=1)
-
-            def read(number: int, bounds: np.ndarray = bounds) -> Events:
-                return view(source.by_time(*bounds[number].tolist()))
+            read = partial(_read, source, view, bounds)
 
         output, newest = memory.output(bounds, read)
         yield Prediction(end, newest, output, values_of(model, output, sensor))

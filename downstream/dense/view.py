@@ -34,8 +34,8 @@ class RecordingView:
             events = rectified(events, self.table)
         if self.rows:
             kept = events.y < self.rows
-            columns = (column[kept] for column in (events.t, events.x, events.y, events.p))
-            events = Events(*columns, events.height, events.width)
+            columns = {name: getattr(events, name)[kept] for name in "txyp"}
+            events = Events(**columns, height=events.height, width=events.width)
         return events
 
 

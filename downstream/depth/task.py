@@ -128,7 +128,7 @@ class Depth:
     def loss(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Scale-invariant log loss and gradients of an output (B, 1, H, W)."""
         truth = self.scale.to_target(batch["depth"])
-        weights = {"gradient": self.gradient, "scales": self.gradient_scales, "balance": self.balance}
+        weights: dict[str, Any] = {"gradient": self.gradient, "scales": self.gradient_scales, "balance": self.balance}
         return depth_loss(normalised(output), truth, **weights)
 
     def rows(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:

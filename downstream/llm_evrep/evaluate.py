@@ -40,6 +40,7 @@ from gep.data.config import DataConfig
 from gep.data.paired import Recordings, collate
 from gep.data.registry import list_recordings
 from gep.engine import TrainConfig, make_accelerator
+from gep.evaluate import evenly
 
 Results: TypeAlias = dict[str, dict[str, dict[str, Any]]]
 """Reader -> source -> what `summarise` says of it."""
@@ -170,12 +171,6 @@ def open_test(data: DataConfig) -> Recordings:
     if len(listing) == 0 or not listing.classes or (listing.labels < 0).any():
         raise ValueError(f"data: {listing.describe()}: recognition needs samples, each with its class")
     return Recordings(listing, data, paired=listing.image is not None)
-
-
-def evenly(count: int, most: int) -> np.ndarray:
-    """int64 indices of `most` of `count` samples, spread evenly; all of them for most = 0."""
-    kept = min(count, most) if most else count
-    return np.arange(kept, dtype=np.int64) * count // max(1, kept)
 
 
 def ask(

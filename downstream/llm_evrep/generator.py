@@ -152,10 +152,10 @@ def stage(channels: int, width: int, depth: int, expand: int, fused: bool) -> nn
 
     A block has `expand` times as many channels inside as at the narrower of its ends.
     """
-    common = {"act_layer": nn.SiLU, "norm_layer": norm_act}
+    common: dict[str, Any] = {"act_layer": nn.SiLU, "norm_layer": norm_act}
     # EfficientNet squeezes to a quarter of the block's width, timm counts from the expanded one.
-    squeeze = partial(SqueezeExcite, rd_ratio=0.25 / expand)
-    blocks = []
+    squeeze: Any = partial(SqueezeExcite, rd_ratio=0.25 / expand)
+    blocks: list[nn.Module] = []
     for number in range(depth):
         before = width if number else channels
         ratio = expand * min(before, width) / before

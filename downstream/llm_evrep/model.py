@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from gep.export_schema import (
     whole,
 )
 from gep.pretrained import Pretrained
+
+Generator: TypeAlias = EvGen | GEPGenerator
 
 KIND = "llm_evrep"
 """`kind` of the folder that `save_pretrained` writes."""
@@ -97,7 +99,7 @@ class EvRep(Pretrained):
     def __init__(
         self,
         represent: Representation | PerSource,
-        generator: EvGen | GEPGenerator,
+        generator: Generator,
         *,
         input_settings: Mapping[str, Any],
         reader: str = "",
@@ -204,13 +206,13 @@ class EvRep(Pretrained):
         return export.save_folder(folder, kind=KIND, config=config, state=self.state_dict(), card=card)
 
 
-def generator_from_config(config: Mapping[str, Any]) -> EvGen | GEPGenerator:
+def generator_from_config(config: Mapping[str, Any]) -> Generator:
     """A randomly initialised generator of the `config` that one of the two classes stated.
 
     Raises:
         ValueError: another name.
     """
-    kinds = {"unet": EvGen, "gep": GEPGenerator}
+    kinds: dict[str, type[Generator]] = {"unet": EvGen, "gep": GEPGenerator}
     if config["name"] not in kinds:
         raise ValueError(f"unknown generator {config['name']!r}: choose one of {', '.join(kinds)}")
     return kinds[config["name"]].from_config(config)

@@ -57,7 +57,7 @@ def summarise(
         source -> accuracy [%] with low and high, refused (answers that name no class), jaccard and sobel_error (None
         without RGB frames), num; beside a baseline also gain [points] over it with gain_low and gain_high.
     """
-    options = {"draws": draws, "level": level, "seed": seed}
+    options: dict[str, Any] = {"draws": draws, "level": level, "seed": seed}
     found: dict[str, dict[str, Any]] = {}
     right: dict[str, np.ndarray] = {}
     for source in sources:

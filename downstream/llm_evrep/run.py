@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from downstream.llm_evrep.config import FREE_OF_READER, EvRepConfig
 from downstream.llm_evrep.descriptions import describe_frames
 from downstream.llm_evrep.generator import build_generator
 from downstream.llm_evrep.gep_init import gep_generator
-from downstream.llm_evrep.model import EvRep
-from downstream.llm_evrep.readers import Answers, CachedReader
+from downstream.llm_evrep.model import EvRep, Generator
+from downstream.llm_evrep.readers import Answers, CachedReader, Reader
 from downstream.llm_evrep.task import EvRepTask, build_semantic, judge, summarise
 from gep import config, distributed, export
 from gep.checkpoint import has_progress, prepare_run_dir
 from gep.data.build import batches_of, build, represent_of, roots, take_over
 from gep.data.config import DataConfig
+from gep.data.image_stream import StillStream
 from gep.data.paired import collate
 from gep.data.sampler import Batch
 from gep.engine import fit, make_accelerator
@@ -35,6 +37,7 @@ from gep.evaluate import collect
 from gep.events.frames import PerSource
 from gep.events.represent import Representation
 from gep.hub import GEPModel
+from gep.logs import shown
 from gep.optim import param_groups
 
 _BASELINE_LR = 10.0  # a linear model has the rewards to follow as they change
@@ -63,11 +66,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if reader is not None:
         cached = CachedReader(reader, Answers(cfg.cache or run_dir / "answers", rank=accelerator.process_index))
         if estimator != "none":
+            assert not isinstance(train_set, StillStream)  # the config refuses it
             workers = cfg.train.num_workers or cfg.train.threads
             show = cfg.train.progress
             descriptions = describe_frames(train_set, cached, cfg.llm.prompt, num_workers=workers, progress=show)
     # Answers of local weights cost less than keeping them; of others none may be asked twice.
-    asked = reader if reader is None or reader.has_weights else cached
+    asked: Reader | None = reader if reader is None or reader.has_weights else cached
     semantic = build_semantic(estimator, cfg.loss, asked, cfg.llm.prompt, seed=cfg.train.seed)
     first = next(iter(data.sources().values()))
     model = EvRep(
@@ -81,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     def rows(batch: Batch) -> dict[str, Tensor]:
         images = task.model(batch)
-        if asked is None:
+        if asked is None or cached is None:
             return judge(images, batch["image"], [], [])
         with torch.autocast(images.device.type, enabled=False):  # a reader has a precision of its own
             answers = asked.describe(images, cfg.llm.prompt)
@@ -119,19 +123,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if estimator == "score":
         metrics["score_shown"] = float(task.progress.shown)
     if accelerator.is_main_process:
-        about = {"train": train_set.describe(), "evaluate": eval_set.describe(), "prompt": cfg.llm.prompt}
+        about: dict[str, Any] = {
+            "train": train_set.describe(),
+            "evaluate": eval_set.describe(),
+            "prompt": cfg.llm.prompt,
+        }
         about["loss"] = {**asdict(cfg.loss), "estimator": estimator}
         model.save_pretrained(Path(run_dir) / "export", metrics=metrics, data=about)
-    accelerator.print({name: round(value, 4) for name, value in metrics.items()})
+    accelerator.print(shown(metrics))
     return metrics
 
 
-def build_input(cfg: EvRepConfig, given: set[str]) -> tuple[nn.Module, Representation | PerSource, DataConfig]:
+def build_input(cfg: EvRepConfig, given: set[str]) -> tuple[Generator, Representation | PerSource, DataConfig]:
     """Generator, representation and data config; of init=gep the encoder's input is taken over where none is given."""
     if cfg.generator.init == "random":
         represent = represent_of(cfg.represent.build(), cfg.data)
-        generator = build_generator(cfg.generator.preset, in_chans=cfg.data.windows * represent.channels)
-        return generator, represent, cfg.data
+        in_chans = cfg.data.windows * represent.channels
+        return build_generator(cfg.generator.preset, in_chans=in_chans), represent, cfg.data
     if any(name.startswith("represent.") for name in given):
         warnings.warn(
             f"no effect with generator.init=gep: represent.*, as {cfg.generator.model} has its own", stacklevel=2

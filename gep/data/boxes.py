@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -32,9 +33,10 @@ def lay_out(picture: np.ndarray, box: Box, canvas: tuple[int, int], margin: int,
         spans.append((first, last, max(0.0, begin + first * step), min(float(side), begin + last * step)))
     (x0, x1, u0, u1), (y0, y1, v0, v1) = spans
     part = Image.fromarray(picture).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box=(u0, v0, u1, v1))
-    mode = {"reflection": "symmetric", "border": "edge", "zeros": "constant"}[outside]
+    modes: dict[str, Literal["symmetric", "edge", "constant"]]
+    modes = {"reflection": "symmetric", "border": "edge", "zeros": "constant"}
     pads = ((y0 + margin, canvas[0] + margin - y1), (x0 + margin, canvas[1] + margin - x1), (0, 0))
-    return np.ascontiguousarray(np.pad(np.asarray(part), pads, mode=mode).transpose(2, 0, 1))  # type: ignore[call-overload]
+    return np.ascontiguousarray(np.pad(np.asarray(part), pads, mode=modes[outside]).transpose(2, 0, 1))
 
 
 def centre(shape: Sequence[int], canvas: tuple[int, int]) -> Box:

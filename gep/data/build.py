@@ -130,7 +130,7 @@ def roots(data: DataConfig) -> tuple[str, ...]:
 
 def _build_one(
     config: DataConfig, *, paired: bool, crops: bool
-) -> tuple[Recordings | StillImages, Recordings | StillImages]:
+) -> tuple[Recordings | StillImages | StillStream, Recordings | StillImages]:
     if config.name == "images":
         return StillImages.split(config, paired=paired)
     listing = list_recordings(config.name, config.root, config.train_split, config)
@@ -144,8 +144,14 @@ def _build_one(
             raise ValueError(
                 f"data: the {name} set is empty ({len(listing)} recordings, data.holdout={config.holdout})"
             )
-    settings = {"config": config, "paired": paired, "crops": crops}
-    return Recordings(train, **settings), Recordings(held, **settings)
+    settings: dict[str, Any] = {"config": config, "paired": paired, "crops": crops}
+    train_set = Recordings(train, **settings)
+    try:
+        return train_set, Recordings(held, **settings)
+    except ValueError as error:
+        if config.eval_split:
+            raise
+        raise ValueError(f"{error}; or hold more of the recordings out (data.holdout={config.holdout:g})") from error
 
 
 def _train_only(config: DataConfig, *, paired: bool, crops: bool) -> Recordings | StillImages | StillStream:

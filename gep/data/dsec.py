@@ -23,7 +23,7 @@ from gep.data.dsec_layout import (
 )
 from gep.data.hdf5 import read_h5
 from gep.data.layout import ImageFiles, MaskFiles, coverage, nearest, read_plane, spans_before
-from gep.data.listing import Listing
+from gep.data.listing import Listing, TargetOf
 from gep.data.options import ListingOptions
 from gep.data.view import View
 
@@ -183,7 +183,7 @@ class _Samples:
             )
         for drive in found if rectify else ():
             _ = drive.rectify_map  # a missing one is named now, not by a data worker
-        targets = {
+        targets: dict[str, TargetOf] = {
             **({"mask": MaskFiles(tuple(self.masks), SENSOR)} if self.masks else {}),
             **({"depth": DisparityDepth(tuple(self.depth))} if self.depth else {}),
         }

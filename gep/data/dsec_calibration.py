@@ -46,7 +46,7 @@ def homography_to_picture(calibration: dict[str, Any], source: str) -> Matrix:
     matrix = _camera(calibration, source, "camRect1") @ turn @ np.linalg.inv(_camera(calibration, source, "camRect0"))
     if not np.isfinite(matrix).all() or abs(matrix[2, 2]) < 1e-12:
         raise ValueError(f"{source}: the rotation between the cameras is none of two that look the same way")
-    return tuple(tuple(float(value) for value in row) for row in matrix / matrix[2, 2])
+    return tuple((float(a), float(b), float(c)) for a, b, c in matrix / matrix[2, 2])
 
 
 def depth_factors(calibration: dict[str, Any], source: str) -> tuple[float, float, float]:

@@ -56,9 +56,10 @@ def list_images(path: str, split: str, size: Size, *, image_column: str = "", la
 # ---- pictures -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
 class Pictures:
     """`ImageSource`: a picture, its whole middle in the canvas' shape."""
+
+    size: Size
 
     def encoded(self, index: int) -> tuple[bytes, str]:
         raise NotImplementedError

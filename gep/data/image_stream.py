@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -266,7 +266,8 @@ class _RowReader(_Reader):
         for later in range(len(request)):
             _, row = request[(place + later) % len(request)]
             try:
-                return self.source.sample_of(row, np.random.default_rng([_STREAM, self.seed, position]))  # type: ignore[attr-defined]
+                rng = np.random.default_rng([_STREAM, self.seed, position])
+                return cast(StillStream, self.source).sample_of(row, rng)
             except BadSample as error:
                 if later == 0:
                     self._count(error)

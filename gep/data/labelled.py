@@ -47,12 +47,13 @@ def ncaltech101(root: Path, split: str) -> Listing:
     Source: Orchard et al. 2015; EST: Gehrig et al. 2019.
     """
     est = {"train": "training", "val": "validation", "test": "testing"}
+    suffixes: tuple[str, ...] = (".npy",)
     if split in est and (root / est[split]).is_dir():
-        folder, suffixes = root / est[split], (".npy",)
+        folder = root / est[split]
     elif split in ("all", "train") and not (root / est["train"]).is_dir():
         bases = (root / "Caltech101", *([root] if any(root.glob("*/*.bin")) else []))
         folder = first_folder(bases, root, "N-Caltech101", "Caltech101/<class>/image_%04d.bin")
-        suffixes: tuple[str, ...] = (".bin",)
+        suffixes = (".bin",)
     else:
         raise FileNotFoundError(
             f"N-Caltech101: no split {split!r} in {root}: the original release (Caltech101/<class>/*.bin) "
@@ -85,7 +86,8 @@ def nimagenet(root: Path, split: str) -> Listing:
     bases = (root, root / "N_Imagenet_cam") if len(names) > 1 else (root,)
     layout = "extracted_<split>/<synset>/*.npz"
     folder = first_folder(dict.fromkeys(base / name for base in bases for name in names), root, "N-ImageNet", layout)
-    chosen, notes = None, {}
+    chosen: list[str] | None = None
+    notes: dict[str, str] = {}
     if split.startswith("mini_"):
         chosen, notes = _mini_classes(root, folder)
     keys, files, labels, classes = list_classes(folder, root, (".npz",), chosen)

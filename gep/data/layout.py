@@ -45,6 +45,8 @@ class MaskFiles:
 
     paths: tuple[Path, ...]
     sensor: tuple[int, int]
+    num_classes: int = 0
+    """Ids must be below it, or IGNORE; 0 = not looked at."""
 
     def __call__(self, index: int) -> np.ndarray:
         ids = read_plane(self.paths[index])
@@ -53,6 +55,11 @@ class MaskFiles:
             raise ValueError(
                 f"{self.paths[index]}: a mask of {ids.dtype} {ids.shape} is none of a {height}x{width} view; "
                 f"expected uint8 class ids of width {width}"
+            )
+        if self.num_classes and (beyond := ids[(ids >= self.num_classes) & (ids != IGNORE)]).size:
+            raise ValueError(
+                f"{self.paths[index]}: class id {beyond.min()}, where {self.num_classes} classes are named (ids 0 to "
+                f"{self.num_classes - 1}, {IGNORE} = not labelled); name it in classes.txt, or mend the mask"
             )
         mask = np.full(self.sensor, IGNORE, np.uint8)
         mask[: len(ids)] = ids

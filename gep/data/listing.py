@@ -134,9 +134,11 @@ class Listing:
         names = self.groups or [self._group(key) for key in self.keys]
         place = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names}
         if len(place) == 1:
+            by_time = " split it by time (data.train_split=0-80% data.eval_split=80-100%)," * (self.name == "folder")
             raise ValueError(
                 f"{self.name} {self.split}: all {len(self)} samples are of one recording ({names[0]}), of which none "
-                f"can be held out for evaluation (data.holdout={fraction:g}); name data.eval_split, or add recordings"
+                f"can be held out for evaluation (data.holdout={fraction:g});{by_time} name data.eval_split, or add "
+                "recordings"
             )
         apart = {name for name, at in place.items() if at < fraction}
         if place and not apart:

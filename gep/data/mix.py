@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from gep.data.listing import Listing
-from gep.data.sampler import LaneOf, Order, Sample, SampleSource
+from gep.data.sampler import DescribedSource, LaneOf, Order, Sample, SampleSource
 
 _BLOCK = 1000  # positions in which the weights hold exactly (to 1/1000)
 _STREAM = 0x6D6978  # keeps the choice of sources apart from the orders inside them
@@ -23,7 +23,7 @@ class Mixed:
         ValueError: a weight too small to be held.
     """
 
-    def __init__(self, sources: Mapping[str, SampleSource], weights: Mapping[str, float]):
+    def __init__(self, sources: Mapping[str, DescribedSource], weights: Mapping[str, float]):
         self.names, self.sources = tuple(sources), tuple(sources.values())
         self.quotas = quotas(np.array([weights[name] for name in self.names], np.float64))
         if self.quotas.min() < 1:
@@ -37,12 +37,12 @@ class Mixed:
     @property
     def listing(self) -> Listing:
         """The first source's."""
-        return self.sources[0].listing  # type: ignore[attr-defined]
+        return self.sources[0].listing  # type: ignore[attr-defined]  # packed tokens have none
 
     def describe(self) -> str:
         """A line a source."""
         parts = zip(self.names, self.sources, self.quotas)
-        lines = [f"{quota / _BLOCK:.1%} {name}: {source.describe()}" for name, source, quota in parts]  # type: ignore[attr-defined]
+        lines = [f"{quota / _BLOCK:.1%} {name}: {source.describe()}" for name, source, quota in parts]
         return "\n  ".join(["a mix of", *lines])
 
     def sample(self, index: int, rng: np.random.Generator | None) -> Sample:

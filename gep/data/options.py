@@ -22,7 +22,7 @@ class ListingOptions:
     label_from: Literal["folder", "file"] = "folder"
     """folder: the class is the name of the recording's parent folder, or of the recording itself"""
     sample_us: int = 0
-    """folder: cut each recording into samples of this length [µs]; 0 = whole"""
+    """folder: cut each recording (without pictures) into samples of this length [µs]; 0 = whole"""
     sample_stride_us: int = 0
     """folder: from one sample's begin to the next one's [µs]; 0 = sample_us"""
     sensor_height: int = 0

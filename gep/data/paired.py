@@ -118,9 +118,9 @@ class Recordings:
             "t_us": windows.bounds,
             "label": int(listing.labels[index]),
         }
-        if self.tokens is not None:
+        if (cache := self.tokens) is not None:
             flips, box = (transform.flip_x, transform.flip_y), None if crop is None else self._in_tokens(crop.crop)
-            tokens, pooled = self._read(lambda row: self.tokens.read(row, flips, box), index)
+            tokens, pooled = self._read(lambda row: cache.read(row, flips, box), index)
             sample |= {"teacher_tokens": tokens, "teacher_pooled": pooled}
         elif self.paired and listing.image is not None:
             if crop is not None:
@@ -181,6 +181,7 @@ class Recordings:
 
     def _span(self, index: int, rng: np.random.Generator | None) -> Windows:
         """A sample that is a span of a recording; only what the kept windows need is read."""
+        assert self.listing.spans is not None
         config, (t0, t1) = self.config, self.listing.spans[index].tolist()
         at_end = self.listing.anchor == "end"
         num, shift = config.windows, _jitter(config.jitter_us, rng)

@@ -284,6 +284,7 @@ def _of_command(address: str) -> Iterator[bytes]:
             stderr=complaints,
             start_new_session=True,  # so that the whole pipeline can be ended
         )
+        assert process.stdout is not None  # a pipe
         try:
             while True:
                 if not select.select([process.stdout], [], [], _SILENCE)[0]:

@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -116,12 +116,12 @@ def scan(path: Path, name: str) -> dict[str, dict[str, Member]]:
     return samples
 
 
-def _infos(file, path: Path, name: str) -> Iterator[tarfile.TarInfo]:
+def _infos(file: IO[bytes], path: Path, name: str) -> Iterator[tarfile.TarInfo]:
     size, end = path.stat().st_size, 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (info := archive.next()) is not None:
-                archive.members = []  # tarfile keeps them all otherwise
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps them all otherwise
                 if not 0 <= info.size < 1 << 62 or archive.offset <= end:
                     raise ValueError(f"{name}: byte {info.offset}: member {info.name!r} of {info.size} bytes")
                 end = archive.offset

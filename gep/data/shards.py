@@ -131,7 +131,7 @@ def _foreign(urls: list[str], split: str, cache: Path, cache_bytes: int) -> List
     bytes_of = Shards(store, Table(tuple(shards), numbers, keys, unknown, columns, None, ()))
     labels = np.array([_label(bytes_of, index) for index in range(len(rows))], np.int64)
     bytes_of.table = dataclasses.replace(bytes_of.table, labels=labels)
-    values = {
+    values: dict[str, Any] = {
         "name": Path(store.name(files[0])).stem,
         "split": split,
         "classes": [str(number) for number in range(int(labels.max()) + 1)],

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +102,7 @@ def layout_of(
         "part_bytes": part_bytes,
     }
     place = root / f"{listing.name}-{key_hash(key)}"
-    sizes = {"grid": teacher.grid, "token_dim": teacher.token_dim, "pooled_dim": teacher.pooled_dim}
+    sizes: dict[str, Any] = {"grid": teacher.grid, "token_dim": teacher.token_dim, "pooled_dim": teacher.pooled_dim}
     return Layout(place, key, len(listing), flips, **sizes, dtype=dtype, part_bytes=part_bytes)
 
 

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def write_parts(
     batch_size: int,
     num_workers: int,
     bar: Bar,
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """Writes parts one after the other; yields after each.
 
     Raises:
@@ -114,7 +114,8 @@ class _Pictures(Dataset):
 
     def __getitem__(self, rows: Sequence[int]) -> tuple[list[str], Tensor, list[str]]:
         keys, images, faults = [], [], []
-        last, picture, fault = -1, None, ""
+        last, fault = -1, ""
+        picture = np.empty((3, 0, 0), np.uint8)
         for row in rows:
             index, version = divmod(row, len(self.layout.flips))
             if index != last:

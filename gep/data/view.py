@@ -59,7 +59,7 @@ class View:
         return cls(
             (int(values["size"][0]), int(values["size"][1])),
             None if place is None else (int(place[0]), int(place[1])),
-            None if homography is None else tuple(tuple(float(v) for v in row) for row in homography),
+            None if homography is None else tuple((float(a), float(b), float(c)) for a, b, c in homography),
             None if resized is None else (int(resized[0]), int(resized[1])),
         )
 

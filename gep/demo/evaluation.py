@@ -174,6 +174,7 @@ def _pictures(model: GEPModel, source: Recordings, features: dict[str, WindowFea
     batch = collate([source.sample(index, None) for index in chosen])
     windows = batch["windows"]
     shown = EventImage(percentile=99.0)(batch["events"]).unflatten(0, (-1, windows))
+    assert model.backbone is not None
     with torch.no_grad():
         frames = model.represent(batch["events"])
         tokens, _ = model.encoder(frames)

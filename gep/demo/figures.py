@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
@@ -156,7 +157,7 @@ def retrieval_grid(queries: np.ndarray, answers: np.ndarray, right: np.ndarray, 
     return png(figure)
 
 
-def _style(axis, x_label: str, y_label: str) -> None:
+def _style(axis: Axes, x_label: str, y_label: str) -> None:
     axis.set_xlabel(x_label, fontsize=8, color=INK)
     axis.set_ylabel(y_label, fontsize=8, color=INK)
     axis.tick_params(labelsize=8, colors=INK)

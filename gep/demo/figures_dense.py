@@ -53,7 +53,7 @@ def segmentation_grid(
         if number in shown
     ]
     if shown - set(range(len(classes))):
-        keys.append(Patch(facecolor=to_hex(np.array(IGNORE) / 255), edgecolor=INK, lw=0.5, label="no label"))
+        keys.append(Patch(facecolor=_hex(IGNORE), edgecolor=INK, lw=0.5, label="no label"))
     across = max(1, int(figure.get_figwidth() / 1.05))
     # Below the lowest panel, however many lines it has.
     across = min(across, len(keys))
@@ -100,7 +100,7 @@ def depth_grid(
     def show(axis: Any, picture: np.ndarray) -> Any:
         if picture.ndim == 3:
             return axis.imshow(picture, interpolation="nearest")
-        axis.set_facecolor(to_hex(np.array(NONE) / 255))  # masked pixels are not painted
+        axis.set_facecolor(_hex(NONE))  # masked pixels are not painted
         return axis.imshow(picture, cmap="viridis_r", norm=norm, interpolation="nearest")
 
     figure, last = _grid(columns, row_titles, title, show)
@@ -123,6 +123,11 @@ def _seen(events: np.ndarray, images: np.ndarray | None) -> dict[str, np.ndarray
         images = np.asarray(images)
         columns["image"] = np.repeat(images[..., None], 3, axis=-1) if images.ndim == 3 else images
     return columns
+
+
+def _hex(colour: Sequence[int]) -> str:
+    red, green, blue = (level / 255 for level in colour)
+    return to_hex((red, green, blue))
 
 
 def _grid(

@@ -43,7 +43,7 @@ def _digits(digits: Digits, rng: np.random.Generator) -> Thing:
     chosen = rng.choice(len(digits), min(len(digits), _PER_CLASS), replace=False)
     margin = (SIDE - digits.image.shape[1]) // 2
     ink = np.pad(digits.image[chosen].astype(np.float32) / 255, ((0, 0), (margin, margin), (margin, margin)))
-    dark, bright = (rng.uniform(*span, (len(chosen), 1, 1)) for span in ((0, 0.3), (0.7, 1)))
+    dark, bright = (rng.uniform(low, high, (len(chosen), 1, 1)) for low, high in ((0.0, 0.3), (0.7, 1.0)))
     return Thing("digit", (dark + (bright - dark) * ink).astype(np.float32))
 
 

@@ -66,7 +66,6 @@ def _advance_torch(
     state.difference = before + rise
     busy = (state.difference >= draws.threshold_on) | (state.difference <= draws.threshold_off)
     refractory, cap = sensor.refractory_us, sensor.max_events_per_step
-    varied = isinstance(refractory, torch.Tensor)
     if is_on(refractory):
         busy |= state.hold > 0
     noise_pixel, noise_t, noise_on = noise
@@ -103,7 +102,7 @@ def _advance_torch(
         on = torch.where(by_noise, noise_on[cursor], slope > 0)
         found.append((pixel[fires], t[fires].long(), on[fires]))
         difference = torch.where(fires, 0, difference)
-        now = torch.where(fires, t + (refractory[pixel] if varied else refractory), now)
+        now = torch.where(fires, t + (refractory[pixel] if isinstance(refractory, torch.Tensor) else refractory), now)
         cursor = cursor + by_noise
         if cap:
             fired = fired + fires
@@ -119,19 +118,21 @@ def _advance_numba(
     if not isinstance(refractory, torch.Tensor):
         refractory = torch.tensor([refractory]).to(rise)
     real = rise.numpy().dtype.type
-    pixels = [v.numpy() for v in (rise, state.difference, state.hold, draws.threshold_on, draws.threshold_off)]
-    candidates = [v.numpy() for v in noise]
+    difference, hold, on, off = (
+        v.numpy() for v in (state.difference, state.hold, draws.threshold_on, draws.threshold_off)
+    )
+    noise_pixel, noise_t, noise_on = (v.numpy() for v in noise)
     size, start, cursor, parts = max(4096, len(rise) // 8), 0, 0, []
     while start < len(rise):
         out = (torch.empty(size, dtype=torch.int64), torch.empty(size, dtype=torch.int64), torch.empty(size).bool())
         start, cursor, count = _follow(
-            *pixels, refractory.numpy(), *candidates, real(duration), sensor.max_events_per_step, start, cursor,
-            *(v.numpy() for v in out),
+            rise.numpy(), difference, hold, on, off, refractory.numpy(), noise_pixel, noise_t, noise_on,
+            real(duration), sensor.max_events_per_step, start, cursor, *(v.numpy() for v in out),
         )  # fmt: skip
         parts.append(tuple(v[:count] for v in out))
         size *= 2
-    pixel, t, on = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts))
-    return pixel, t, on
+    pixel, t, positive = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts))
+    return pixel, t, positive
 
 
 @numba.njit(nogil=True, cache=True)

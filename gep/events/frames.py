@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -78,7 +78,7 @@ class Grouped:
         """The same batch in page-locked memory (DataLoader calls this)."""
         return self._map(lambda value: value.pin_memory())
 
-    def _map(self, function: Callable[[Part | torch.Tensor], Part | torch.Tensor]) -> Grouped:
+    def _map(self, function: Callable[[Any], Any]) -> Grouped:
         parts, rows = tuple(map(function, self.parts)), tuple(map(function, self.rows))
         return dataclasses.replace(self, parts=parts, rows=rows)
 
@@ -113,6 +113,7 @@ class PerSource:
         return self.each[source]
 
 
+@torch.compiler.disable  # ragged, and on a CPU numba's
 def frames(represent: Representation | PerSource, events: AnyEvents) -> torch.Tensor:
     """Images of all windows of a batch, on the batch's device.
 
@@ -136,7 +137,7 @@ def frames(represent: Representation | PerSource, events: AnyEvents) -> torch.Te
             counts = events.counts()
             counts = counts.log1p_() if represent.log1p else counts
             return counts.mul_(represent.scale) if represent.scale != 1 else counts
-        events = events.events()
+        return represent(events.events())
     return represent(events)
 
 

@@ -90,12 +90,13 @@ class Layers:
         layers = [_part(layer, part) for layer in self.layers]
 
         def seen(step: int) -> torch.Tensor:
-            picture = None
+            picture: torch.Tensor | None = None
             for layer in layers:
                 colour, alpha, depth = self._look(layer, step)
                 if self.haze:  # Koschmieder's law
                     colour = torch.lerp(torch.full_like(colour, self.airlight), colour, torch.exp(-self.haze * depth))
                 picture = colour if picture is None else picture + alpha * (colour - picture)
+            assert picture is not None  # there is a background
             picture = picture.clamp(0, 1)
             if sensors is None:
                 return picture
@@ -105,13 +106,11 @@ class Layers:
 
     def truth(self, step: int, part: slice = slice(None)) -> Truth:
         """What the pixels show at a time."""
-        index, depth = None, None
-        for number, layer in enumerate(self.layers):
+        _, _, depth = self._look(_part(self.layers[0], part), step)
+        index = torch.zeros(depth.shape, dtype=torch.int64, device=depth.device)
+        for number, layer in enumerate(self.layers[1:], 1):
             _, alpha, own = self._look(_part(layer, part), step)
-            if index is None:
-                index, depth = torch.zeros(own.shape, dtype=torch.int64, device=own.device), own
-                continue
-            here = alpha > 0.5
+            here = torch.as_tensor(alpha > 0.5, device=own.device)
             index, depth = index.masked_fill(here, number), torch.where(here, own, depth)
         return Truth(index, depth)
 

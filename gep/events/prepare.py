@@ -18,18 +18,29 @@ INPUT_KEYS = ("height", "width", "fit", "windows", "window_us", "num_events")
 class InputSettings(Protocol):
     """How a recording becomes frames; the data config of the stages has these fields."""
 
-    height: int
-    """Rows of the encoder's input [px]."""
-    width: int
-    """Columns of the encoder's input [px]."""
-    fit: str
-    """"pad" (centred) or "resize": how another sensor size becomes the input's."""
-    windows: int
-    """Windows T a recording."""
-    window_us: int
-    """Length of a window from the first event on [µs]; 0 = equal parts of the recording."""
-    num_events: int
-    """Only so many events, from the middle of the recording; 0 = all."""
+    @property
+    def height(self) -> int:
+        """Rows of the encoder's input [px]."""
+
+    @property
+    def width(self) -> int:
+        """Columns of the encoder's input [px]."""
+
+    @property
+    def fit(self) -> str:
+        """ "pad" (centred) or "resize": how another sensor size becomes the input's."""
+
+    @property
+    def windows(self) -> int:
+        """Windows T a recording."""
+
+    @property
+    def window_us(self) -> int:
+        """Length of a window from the first event on [µs]; 0 = equal parts of the recording."""
+
+    @property
+    def num_events(self) -> int:
+        """Only so many events, from the middle of the recording; 0 = all."""
 
 
 def windows_of(

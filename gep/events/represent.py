@@ -9,7 +9,7 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -25,7 +25,9 @@ from gep.events.types import EventBatch
 
 
 class Representation(Protocol):
-    """What a representation offers: its channels, and the image of a batch."""
+    """What a representation offers: its channels, and the image of a batch; it is a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def channels(self) -> int:

@@ -189,7 +189,7 @@ class Transform:
             Events(t[a:b], x[a:b], y[a:b], p[a:b], height, width)
             for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist())
         ]
-        if self.noise:
+        if self.noise and rng is not None:
             moved = [self._add_noise(w, edges, rng) for w, edges in zip(moved, bounds.tolist())]
         if self.reverse_time:
             mirror = begin + end
@@ -231,7 +231,7 @@ class Transform:
         num = round(self.noise * len(window))
         if num == 0:
             return window
-        t = np.concatenate([window.t, rng.integers(*edges, num)])
+        t = np.concatenate([window.t, rng.integers(edges[0], edges[1], num)])
         y = np.concatenate([window.y, rng.integers(window.height, size=num, dtype=np.uint16)])
         x = np.concatenate([window.x, rng.integers(window.width, size=num, dtype=np.uint16)])
         p = np.concatenate([window.p, rng.integers(2, size=num, dtype=np.uint8)])
@@ -253,9 +253,9 @@ class Transform:
         inside = top <= 0 and left <= 0 and top + rows >= self.source[0] and left + columns >= self.source[1]
         if isinstance(image, np.ndarray) and inside and (rows, columns) == self.size and not self._turns:
             # Only a margin around it, pixel for pixel: the path of small sensors, worth the fifty times it gains.
-            out = np.full((len(image), rows, columns), round(fill), np.uint8)
-            out[:, -top : self.source[0] - top, -left : self.source[1] - left] = image
-            return np.ascontiguousarray(out[:, :: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1])
+            wider = np.full((len(image), rows, columns), round(fill), np.uint8)
+            wider[:, -top : self.source[0] - top, -left : self.source[1] - left] = image
+            return np.ascontiguousarray(wider[:, :: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1])
         out = torch.as_tensor(image).float() - fill
         if self._turns:
             whole = dataclasses.replace(

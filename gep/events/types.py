@@ -142,7 +142,7 @@ class Events:
     @classmethod
     def empty(cls, height: int, width: int) -> Events:
         """No events on a sensor of the given size."""
-        return cls(*(np.empty(0, dtype) for dtype in _DTYPES.values()), height=height, width=width)
+        return cls(**{name: np.empty(0, dtype) for name, dtype in _DTYPES.items()}, height=height, width=width)
 
 
 def _cast(name: str, array: np.ndarray, dtype: type, source: str) -> np.ndarray:
@@ -226,8 +226,8 @@ class EventBatch:
         return dataclasses.replace(self, x=x, y=y, checked=False)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> EventBatch:
-        names = ("t", "x", "y", "p", "offsets", "t0", "t1")
-        return dataclasses.replace(self, **{name: function(getattr(self, name)) for name in names})
+        moved = {name: function(getattr(self, name)) for name in ("t", "x", "y", "p", "offsets", "t0", "t1")}
+        return EventBatch(**moved, height=self.height, width=self.width, checked=self.checked)
 
     def validate(self, source: str = "batch") -> EventBatch:
         """Checks dtypes, lengths, sensor bounds, polarity and the windows' first and last times.

@@ -38,9 +38,14 @@ class Reader(Protocol):
         usage: counts so far: calls, images, tokens, cost (what applies).
     """
 
-    name: str
-    has_weights: bool
-    usage: dict[str, float]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def has_weights(self) -> bool: ...
+
+    @property
+    def usage(self) -> dict[str, float]: ...
 
     def describe(self, images: Tensor, prompt: str, *, on_answer: OnAnswer | None = None) -> list[str]:
         """Answers to one prompt about each image, without gradients, from the image rounded to 8 bits.

@@ -125,32 +125,33 @@ class CachedReader:
         places: dict[str, list[int]] = {}
         for index, key in enumerate(keys):
             places.setdefault(key, []).append(index)
-        missing = [key for key in places if self.answers.get(key) is None]
+        known = {key: text for key in places if (text := self.answers.get(key)) is not None}
+        missing = [key for key in places if key not in known]
         self.misses += len(missing)
         self.hits += len(keys) - len(missing)
 
         def tell(key: str, text: str) -> None:
-            for index in places[key] if on_answer else ():
-                on_answer(index, text)
+            for index in places[key]:
+                if on_answer is not None:
+                    on_answer(index, text)
 
         def keep(index: int, text: str) -> None:
             # What local weights say costs less than the disk's word for it, thousands of times.
             self.answers.put(missing[index], text, durable=not self.has_weights, reader=self.name)
+            known[missing[index]] = text
             tell(missing[index], text)
 
-        asked = set(missing)
-        for key in places:
-            if key not in asked:
-                tell(key, self.answers.get(key))
+        for key, text in tuple(known.items()):
+            tell(key, text)
         if missing:
             first = torch.tensor([places[key][0] for key in missing], device=images.device)
             # Autocast is the trainer's; the cache knows a reader by its own precision.
             with torch.autocast(images.device.type, enabled=False):
                 texts = self.reader.describe(images[first], prompt, on_answer=keep)
             for index, text in enumerate(texts):
-                if self.answers.get(missing[index]) is None:  # a reader that does not call on_answer
+                if missing[index] not in known:  # a reader that does not call on_answer
                     keep(index, text)
-        return [self.answers.get(key) for key in keys]
+        return [known[key] for key in keys]
 
     def token_log_probs(self, images: Tensor, texts: Sequence[str], prompt: str) -> list[TokenScores]:
         """See Reader.token_log_probs; probabilities are not cached."""

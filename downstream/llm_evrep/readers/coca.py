@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from downstream.llm_evrep.readers import pixels
 from downstream.llm_evrep.readers.base import OnAnswer, TokenScores, check_texts, fingerprint, to_uint8
 from gep.models.teacher import as_float
+
+if TYPE_CHECKING:
+    from open_clip.coca_model import CoCa
 
 _PRECISION = {"": "fp32", "float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}
 
@@ -37,14 +40,14 @@ class CoCaReader:
     has_weights = True
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, name: str, max_new_tokens: int = 64, batch_size: int = 16
+        self, model: CoCa, tokenizer: Any, *, name: str, max_new_tokens: int = 64, batch_size: int = 16
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval().requires_grad_(False), tokenizer, batch_size
         self.usage = {"calls": 0.0, "images": 0.0, "tokens": 0.0}
         self.max_new_tokens = max(1, min(max_new_tokens, model.context_length - 1))
         self.name = f"{name} max_new_tokens={self.max_new_tokens}"
         self._settings = dict(model.visual.preprocess_cfg)
-        self._size: tuple[int, int] = tuple(int(n) for n in self._settings["size"])
+        self._size: tuple[int, int] = (int(self._settings["size"][0]), int(self._settings["size"][1]))
         mode = self._settings["resize_mode"]
         if mode not in ("shortest", "squash") or (mode == "shortest" and self._size[0] != self._size[1]):
             raise ValueError(f"{name}: images of {self._size} by {mode!r} resizing are not known: choose another model")
@@ -65,7 +68,9 @@ class CoCaReader:
         if cfg["resize_mode"] == "squash":
             images = pixels.resize(images, self._size, mode)
         else:
-            images = pixels.resize(images, pixels.shortest_edge(*images.shape[-2:], self._size[0]), mode)
+            images = pixels.resize(
+                images, pixels.shortest_edge(images.shape[-2], images.shape[-1], self._size[0]), mode
+            )
             images = pixels.center_crop(images, self._size)
         return pixels.normalise(images, cfg["mean"], cfg["std"])
 

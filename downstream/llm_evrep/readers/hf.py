@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from downstream.llm_evrep.readers import hf_pixels
 from downstream.llm_evrep.readers.base import NO_WEIGHTS, OnAnswer, TokenScores, check_texts, to_uint8
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Reply(NamedTuple):
@@ -46,7 +49,7 @@ class HFReader:
     has_weights = True
 
     def __init__(
-        self, model: nn.Module, processor: Any, *, name: str, max_new_tokens: int = 64, batch_size: int = 16
+        self, model: PreTrainedModel, processor: Any, *, name: str, max_new_tokens: int = 64, batch_size: int = 16
     ) -> None:
         self.model, self.processor, self.tokenizer = model.eval().requires_grad_(False), processor, processor.tokenizer
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
@@ -167,7 +170,7 @@ class HFReader:
         )
 
     def _pixel_values(self, images: Tensor, own: Tensor) -> Tensor:
-        processor, size = self.processor.image_processor, tuple(images.shape[-2:])
+        processor, size = self.processor.image_processor, (images.shape[-2], images.shape[-1])
         try:
             if size not in self._checked:
                 shown = to_uint8(images[:1]).cpu()

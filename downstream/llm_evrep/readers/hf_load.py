@@ -54,9 +54,10 @@ def build(
     source = str(folder) if local else name
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source, trust_remote_code=False, output_loading_info=True, **options
         )
+        model, report = loaded  # two by output_loading_info
     except OSError as error:  # the Hub's and the network's errors, and files that are missing
         raise FileNotFoundError(f"reader hf:{name} cannot be loaded ({_short(error)}); {_WAYS}") from error
     except Exception as error:  # a damaged file, another architecture, code that would have to be trusted

@@ -48,5 +48,7 @@ def center_crop(images: Tensor, size: tuple[int, int], whole: Callable[[float], 
 
 def normalise(images: Tensor, mean: float | Sequence[float], std: float | Sequence[float]) -> Tensor:
     """(images - mean) / std by channel."""
-    mean, std = (torch.as_tensor(v, dtype=images.dtype, device=images.device).reshape(-1, 1, 1) for v in (mean, std))
-    return (images - mean) / std
+    centre, scale = (
+        torch.as_tensor(v, dtype=images.dtype, device=images.device).reshape(-1, 1, 1) for v in (mean, std)
+    )
+    return (images - centre) / scale

@@ -82,9 +82,12 @@ class Tagger:
         if size is not None and tuple(images.shape[-2:]) != size:
             images = F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
         pooled = self.teacher.features_with_grad(images)[1]
+        head, scale = self.teacher.class_head, self.teacher.logit_scale
         if self._text is None:
-            return self.teacher.class_head(pooled.to(self.teacher.dtype)).float()
-        return self.teacher.logit_scale * F.normalize(pooled, dim=-1) @ self._text.T
+            assert head is not None
+            return head(pooled.to(self.teacher.dtype)).float()
+        assert scale is not None
+        return scale * F.normalize(pooled, dim=-1) @ self._text.T
 
     @torch.no_grad()
     def describe(self, images: Tensor, prompt: str, *, on_answer: OnAnswer | None = None) -> list[str]:
@@ -93,8 +96,9 @@ class Tagger:
         texts = [SEPARATOR.join(self.vocabulary[k] for k in row) for row in order.tolist()]
         self.usage["calls"] += 1
         self.usage["images"] += len(texts)
-        for index, text in enumerate(texts if on_answer else ()):
-            on_answer(index, text)
+        for index, text in enumerate(texts):
+            if on_answer is not None:
+                on_answer(index, text)
         return texts
 
     def token_log_probs(self, images: Tensor, texts: Sequence[str], prompt: str) -> list[TokenScores]:

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +157,7 @@ class TSEM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embeds = nn.Parameter(torch.rand(1, FRAME_RUN, *_EMBEDDING))
-        cnn = nn.Module()
+        cnn: Any = nn.Module()  # the weights name it so; its parts are given below
         cnn.inc, cnn.downs, cnn.ups = _double(3, 3), _downs(3), _ups(3)
         cnn.out_clean_ie = _double(3, 3, last=1)
         self.cnn = cnn
@@ -194,7 +194,7 @@ class MAFG(nn.Module):
         self.out_clean_ie_pos, self.out_clean_ie_neg = (_double(width, width, last=1) for _ in range(2))
         self.c_ups = _ups(width)
         self.c_out_pos, self.c_out_neg = (_threshold(width) for _ in range(2))
-        self.ce_to_f1 = nn.Module()
+        self.ce_to_f1: Any = nn.Module()
         self.ce_to_f1.k = nn.Parameter(torch.tensor([0.1]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -242,16 +242,18 @@ class REFE(nn.Module):
 
     def forward(self, x: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:
         """(B, 1, H, W) of a voxel grid (B, 5, H, W), and the states for the next window; None = the first."""
-        states = states or [None] * 6
-        x, found = self.inc(x), []
+        before: Sequence[State | None] = states or [None] * 6
+        found: list[State] = []
+        x = self.inc(x)
         skips = [x]
-        for level, state in zip(self.downs, states):
-            x, state = level(x, state)
+        downs, ups = (cast(list[_LSTMLevel], list(levels)) for levels in (self.downs, self.ups))
+        for level, earlier in zip(downs, before):
+            x, state = level(x, earlier)
             x = F.max_pool2d(x, level.scale)
             skips.append(x)
             found.append(state)
-        for level, skip, state in zip(self.ups, reversed(skips[:-1]), states[3:]):
-            x, state = level(_joined(x, skip, level.scale), state)
+        for level, skip, earlier in zip(ups, reversed(skips[:-1]), before[3:]):
+            x, state = level(_joined(x, skip, level.scale), earlier)
             found.append(state)
         return self.outc(x), found
 

@@ -11,6 +11,7 @@ and the contrast is stretched by the last image alone, not by a running median o
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +36,7 @@ State = tuple[Tensor, Tensor]
 class _Conv(nn.Module):
     """Convolution, normalisation where there is one, rectifier where it is wanted."""
 
-    def __init__(self, conv: nn.Module, name: str, norm: bool, relu: bool = True):
+    def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d, name: str, norm: bool, relu: bool = True):
         super().__init__()
         self.add_module(name, conv)
         self.norm_layer = nn.BatchNorm2d(conv.out_channels) if norm else None
@@ -147,7 +148,7 @@ class UNetRecurrent(nn.Module):
         """
         x = head = self.head(x)
         found: list[State] = []
-        for encoder, state in zip(self.encoders, states or [None] * len(self.encoders)):
+        for encoder, state in zip(self.encoders, states or itertools.repeat(None)):
             found.append(encoder(x, state))
             x = found[-1][0]
         for block in self.resblocks:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gep.events.frames import AnyEvents, Grouped, frames
+from gep.events.frames import AnyEvents, Grouped, Part, frames
 from gep.events.represent import voxel_grid
 from gep.events.stills import StillBatch
 from gep.events.types import EventBatch
@@ -27,12 +27,15 @@ def whole(batch: Mapping[str, Any]) -> AnyEvents:
     return _merged(batch["events"], int(batch["windows"]))
 
 
-def _merged(events: AnyEvents, windows: int) -> AnyEvents:
+def _merged(events: AnyEvents, windows: int) -> Grouped | EventBatch:
     if isinstance(events, Grouped):
-        parts = tuple(_merged(part, windows) for part in events.parts)
+        parts = tuple(_merged_part(part, windows) for part in events.parts)
         return dataclasses.replace(events, parts=parts, windows=1)
-    if isinstance(events, StillBatch):
-        events = events.events()
+    return _merged_part(events, windows)
+
+
+def _merged_part(part: Part, windows: int) -> EventBatch:
+    events = part.events() if isinstance(part, StillBatch) else part
     if windows == 1:
         return events
     # Windows of a sample follow each other in memory as in time: joining them only drops the bounds between.

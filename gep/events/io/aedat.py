@@ -172,7 +172,7 @@ class Aedat2(Blocks):
     def _buffers(count: int) -> tuple[np.ndarray, ...]:
         return tuple(np.empty(count, dtype) for dtype in (np.int64, np.uint16, np.uint16, np.uint8))
 
-    def _run(self, start: int, stop: int, wraps: int, previous: int, into: tuple[np.ndarray, ...]):
+    def _run(self, start: int, stop: int, wraps: int, previous: int, into: tuple[np.ndarray, ...]) -> tuple[int, ...]:
         return _decode2(
             self._raw, start, stop, self._davis, *self._chip, self.height, self.width, wraps, previous, *into
         )
@@ -184,10 +184,11 @@ class Aedat2(Blocks):
         count, _, _, bad, cause = self._run(start, stop, wraps, previous, into)
         if bad >= 0 or count != self._begin[end] - self._begin[begin]:
             raise EventFormatError(f"{self.path}: the file changed while it was open: {_CAUSES.get(cause, 'count')}")
-        return Events(*(array[:count] for array in into), self.height, self.width)
+        t, x, y, p = (array[:count] for array in into)
+        return Events(t, x, y, p, self.height, self.width)
 
     def close(self) -> None:
-        self._raw = None
+        self._raw = None  # type: ignore[assignment]  # a read after this must fail
 
 
 class Aedat3(Blocks):
@@ -214,7 +215,7 @@ class Aedat3(Blocks):
             if len(raw) - at < _PACKET.size:
                 cause = "the file ends inside a packet header"
                 break
-            kind, source, size, offset, overflow, _, number, _ = _PACKET.unpack_from(raw, at)
+            kind, source, size, offset, overflow, _, number, _ = _PACKET.unpack_from(raw.data, at)
             at += _PACKET.size
             if size < 1 or number < 0 or size * number > len(raw) - at or kind < 0 or overflow < 0:
                 compressed = "; compressed packets are not read" if kind < 0 else ""
@@ -256,7 +257,7 @@ class Aedat3(Blocks):
             )
         return _CHIPS[name]
 
-    def _run(self, packet: tuple[int, int, int, int], previous: int, into: tuple[np.ndarray, ...]):
+    def _run(self, packet: tuple[int, int, int, int], previous: int, into: tuple[np.ndarray, ...]) -> tuple[int, ...]:
         at, size, number, overflow = packet
         rows = np.ndarray((number, size), np.uint8, self._raw, at)[:, :8]
         words = np.ascontiguousarray(rows).view("<u4")
@@ -271,10 +272,11 @@ class Aedat3(Blocks):
             if event >= 0:
                 raise EventFormatError(f"{self.path}: byte {packet[0]}: the file changed while it was open")
             parts.append([array[:count] for array in into])
-        return Events(*(np.concatenate(arrays) for arrays in zip(*parts)), self.height, self.width)
+        t, x, y, p = (np.concatenate(arrays) for arrays in zip(*parts))
+        return Events(t, x, y, p, self.height, self.width)
 
     def close(self) -> None:
-        self._raw = None
+        self._raw = None  # type: ignore[assignment]  # a read after this must fail
 
 
 def _chip(header: bytes, field: bytes) -> str | None:
@@ -295,7 +297,7 @@ def open_aedat(
 
 def _sniff(head: bytes, path: Path) -> bool:
     version = _VERSION.match(head)
-    return bool(version) and version.group(1) in (b"2", b"3")
+    return version is not None and version.group(1) in (b"2", b"3")
 
 
 FORMATS = (Format("AEDAT", (".aedat",), "jAER and cAER, AEDAT 2.0 and 3.1; CIFAR10-DVS", _sniff, open_aedat),)

@@ -78,7 +78,7 @@ class Aedat4(Blocks):
         if other is None:
             return by_headers
         index, (at, cause) = by_headers, other
-        if by_table[:, 1].sum() > by_headers[:, 1].sum():
+        if fault is not None and by_table[:, 1].sum() > by_headers[:, 1].sum():
             index, (at, cause) = by_table, fault
         kept = int(index[:, 1].sum())
         lost = f"{file.end - at:,} of {len(file.raw):,} bytes"
@@ -96,7 +96,8 @@ class Aedat4(Blocks):
 
     def _scan(self) -> tuple[np.ndarray, tuple[int, str] | None]:
         """The rows that a table would have, from the packets themselves, and the fault that ends them."""
-        rows, at, fault = [], self._file.begin, None
+        rows: list[tuple[int, int, int, int]] = []
+        at, fault = self._file.begin, None
         try:
             for stream, at, body in self._file.packets():
                 if stream == self._id and len(events := self._events(body)):
@@ -123,9 +124,9 @@ class Aedat4(Blocks):
         flat = flatbuffer(body, self._file.codec, b"EVTS")
         count, at = flat.vector(0, _EVENT.itemsize)
         rows = np.frombuffer(flat.data, _EVENT, count, at)
-        arrays = (np.ascontiguousarray(rows[name]) for name in "txyp")
+        arrays = {name: np.ascontiguousarray(rows[name]) for name in "txyp"}
         try:
-            return Events(*arrays, self.height, self.width).validate("packet")
+            return Events(**arrays, height=self.height, width=self.width).validate("packet")
         except EventFormatError as error:
             raise Fault(str(error)) from error
 
@@ -139,11 +140,11 @@ class Aedat4(Blocks):
                 damaged(self.path, row[0], str(fault), recover=False, kept=kept)
         if len(packets) == 1:
             return packets[0]
-        arrays = (np.concatenate([getattr(events, name) for events in packets]) for name in "txyp")
-        return Events(*arrays, self.height, self.width)
+        arrays = {name: np.concatenate([getattr(events, name) for events in packets]) for name in "txyp"}
+        return Events(**arrays, height=self.height, width=self.width)
 
     def close(self) -> None:
-        self._file = None
+        self._file = None  # type: ignore[assignment]  # a read after this must fail
 
 
 def read_frames(path: str | Path) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -107,7 +107,7 @@ class File:
 
     def __init__(self, path: Path):
         self.path = path
-        self.raw = memoryview(np.memmap(path, np.uint8, "r")) if path.stat().st_size else memoryview(b"")
+        self.raw = np.memmap(path, np.uint8, "r").data if path.stat().st_size else memoryview(b"")
         if bytes(self.raw[:14]) != MAGIC:
             raise EventFormatError(f"{path}: byte 0: does not begin with {MAGIC!r}; no AEDAT 4.0 file")
         size = int.from_bytes(self.raw[14:18], "little")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from gep.events.io.arrow_source import BATCH, KEY, VERSION, ArrowSource, seal
 from gep.events.io.files import replacing
 from gep.events.io.source import EventSource, Format
 from gep.events.types import Events
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COMPRESSIONS = ("lz4", "zstd", "none")
 
@@ -94,7 +98,7 @@ def _write(sink: object, events: Events | EventSource, compression: str, name: s
             start += len(part)
 
 
-def _schema(encoding: str, height: int, width: int) -> object:
+def _schema(encoding: str, height: int, width: int) -> pa.Schema:
     import pyarrow as pa
 
     Events.empty(height, width).validate()

@@ -6,9 +6,10 @@ import bisect
 import mmap
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -113,7 +114,7 @@ class ArrowSource(EventSource):
     def close(self) -> None:
         self._kept, self._data = {}, memoryview(b"")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., ArrowSource], tuple[Any, ...]]:
         if not self._from_file:
             raise TypeError(f"{self.path}: only a container opened from a file can be sent to another process")
         return ArrowSource.from_file, (self.path, self._recover, not isinstance(self._data, FileBytes))
@@ -144,7 +145,7 @@ class ArrowSource(EventSource):
         except LayoutError as error:
             raise self._error(error.byte, str(error)) from None
         found = {} if message is None or message.is_batch else message.metadata
-        if found.get(b"gep.events") != VERSION:
+        if message is None or found.get(b"gep.events") != VERSION:
             raise self._error(
                 8,
                 "an Arrow file, but its schema has no gep.events = 1: other Arrow files are not read; "
@@ -269,14 +270,18 @@ class ArrowSource(EventSource):
         batch = self._batch(number)
         arrays = self._arrays(batch)
         self._check_sum(number, batch, arrays)
-        last, inside = arrow_batch.unpack(*arrays, batch.first, self.height, self.width, into.t, into.x, into.y, into.p)
+        t, x, y, p = arrays
+        last, inside = arrow_batch.unpack(
+            t, x, y, p, batch.first, self.height, self.width, into.t, into.x, into.y, into.p
+        )
         if last != batch.last or not inside:
             raise self._error(batch.message.begin, "events outside the sensor, or times that do not add up")
 
     def _plain(self, number: int) -> Events:
         batch = self._batch(number)
         arrays = self._arrays(batch)
-        events = Events(*(a.view(d) for a, d in zip(arrays, ("i8", "u2", "u2", "u1"))), self.height, self.width)
+        t, x, y, p = (array.view(dtype) for array, dtype in zip(arrays, ("i8", "u2", "u2", "u1")))
+        events = Events(t, x, y, p, self.height, self.width)
         if number not in self._checked:
             self._check_sum(number, batch, arrays)
             if not arrow_batch.sound(events.t, events.x, events.y, events.p, self.height, self.width):
@@ -329,7 +334,8 @@ def seal(text: bytes, height: int, width: int, encoding: str) -> bytes:
 
 
 def _empty(count: int, height: int, width: int) -> Events:
-    return Events(*(np.empty(count, dtype) for dtype in ("i8", "u2", "u2", "u1")), height, width)
+    t, x, y, p = (np.empty(count, dtype) for dtype in ("i8", "u2", "u2", "u1"))
+    return Events(t, x, y, p, height, width)
 
 
 def _join(parts: list[Events], into: Events) -> Events:

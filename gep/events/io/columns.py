@@ -40,9 +40,9 @@ def microseconds(t: np.ndarray, unit: str | None = None) -> tuple[np.ndarray, np
         return t.astype(np.int64), None
     limit = np.iinfo(np.int64).max // max(scale, 1)
     # The first comparison also catches uint64 values that int64 would wrap.
-    good = None if t.size == 0 or (t.max() <= limit and t.min() >= -limit) else (t <= limit) & (t >= -limit)
-    whole = t.astype(np.int64) if good is None else np.where(good, t, 0).astype(np.int64)
-    return whole * scale if scale > 0 else whole // -scale, good
+    fits = None if t.size == 0 or (t.max() <= limit and t.min() >= -limit) else (t <= limit) & (t >= -limit)
+    whole = t.astype(np.int64) if fits is None else np.where(fits, t, 0).astype(np.int64)
+    return whole * scale if scale > 0 else whole // -scale, fits
 
 
 def to_events(
@@ -84,9 +84,9 @@ def to_events(
     t, good = microseconds(columns["t"], unit)
     if good is None:
         # Packed: the fields of a structured array are strided views, which every later pass would pay for.
-        arrays = {name: np.ascontiguousarray(columns[name]) for name in "xyp"}
+        x, y, p = (np.ascontiguousarray(columns[name]) for name in "xyp")
         try:
-            return Events.from_arrays(t + offset if offset else t, **arrays, height=height, width=width)
+            return Events.from_arrays(t + offset if offset else t, x, y, p, height=height, width=width)
         except EventFormatError as error:
             if not str(error).startswith("events: event "):
                 raise EventFormatError(str(error).replace("events:", f"{path}:", 1)) from None
@@ -116,8 +116,8 @@ def _sound(t: np.ndarray, good: np.ndarray | None, columns: Mapping, height: int
     forwards[1:] = t[1:] >= t[:-1]
     late = lambda i: f": t = {t[i]} µs is before the previous event's {t[i - 1]} µs; sort the events by time"  # noqa: E731
     checks.append((forwards, late))
-    index, what = min(((int(np.argmin(mask)), what) for mask, what in checks if not mask.all()), key=lambda f: f[0])
-    return index, what(index)
+    index, say = min(((int(np.argmin(mask)), say) for mask, say in checks if not mask.all()), key=lambda f: f[0])
+    return index, say(index)
 
 
 def _naming(name: str, array: np.ndarray, what: str) -> Callable[[int], str]:

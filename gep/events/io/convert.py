@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gep.events.io.source import EventSource, Format
+from gep.events.io.source import EventSource
 from gep.events.types import Events
 
 
@@ -22,13 +22,13 @@ def write_events(path: str | Path, events: Events | EventSource, *, compression:
         ValueError: no format of that suffix can be written (lists those that can), the format has no such
             compression, or it cannot hold the events.
     """
-    found = _writable(Path(path))
+    name, write = _writable(Path(path))
     if compression is None:
-        found.write(Path(path), events)
+        write(Path(path), events)
         return
-    if "compression" not in inspect.signature(found.write).parameters:
-        raise ValueError(f"{path}: {found.name} has no choice of compression; leave compression={compression!r} out")
-    found.write(Path(path), events, compression=compression)
+    if "compression" not in inspect.signature(write).parameters:
+        raise ValueError(f"{path}: {name} has no choice of compression; leave compression={compression!r} out")
+    write(Path(path), events, compression=compression)
 
 
 def convert(
@@ -73,13 +73,13 @@ def convert(
     return watched.count
 
 
-def _writable(path: Path) -> Format:
+def _writable(path: Path) -> tuple[str, Callable[..., None]]:
     from gep.events.io import FORMATS
 
     name = path.name.lower()
     for found in FORMATS:
         if found.write is not None and name.endswith(found.suffixes):
-            return found
+            return found.name, found.write
     known = ", ".join(f"{'/'.join(found.suffixes)} ({found.name})" for found in FORMATS if found.write is not None)
     raise ValueError(f"{path}: no format of this suffix can be written; choose one of {known}")
 

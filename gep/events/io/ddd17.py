@@ -104,7 +104,7 @@ class Ddd17(EventSource):
         return int(self._t[0]) // 1000, int(self._t[self._num - 1]) // 1000 + 1
 
     def close(self) -> None:
-        self._t = self._xyp = None
+        self._t = self._xyp = None  # type: ignore[assignment]  # a read after this must fail
 
 
 def _sniff(head: bytes, path: Path) -> bool:

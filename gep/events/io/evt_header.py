@@ -52,7 +52,7 @@ class Header:
             (options.get("width"), options.get("height")),
             (self.fields.get("width"), self.fields.get("height")),
         )
-        sizes = {size for size in stated if all(size)}
+        sizes = {(width, height) for width, height in stated if width and height}
         if not sizes:
             return None
         if len(sizes) > 1 or not all(side.isdecimal() and 0 < int(side) <= _MAX_SIDE for side in min(sizes)):

@@ -69,12 +69,12 @@ class FileBytes:
         begin = begin // 8 * 8  # what is a multiple of 8 in the file is one in memory
         buffer, got = np.empty(max(min(end, self._size) - begin, 0), np.uint8), 0
         while got < len(buffer):
-            more = os.preadv(self._file, [buffer[got:]], begin + got)
+            more = os.preadv(self._file, [buffer[got:].data], begin + got)
             if more == 0:  # it was cut off since it was opened
                 self._size = begin + got
                 break
             got += more
-        return begin, memoryview(buffer[:got]).toreadonly()
+        return begin, buffer[:got].data.toreadonly()
 
     # Bound early: when the interpreter ends, the module may be gone first.
     def close(self, _close: Callable[[int], None] = os.close) -> None:

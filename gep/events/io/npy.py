@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -28,7 +30,7 @@ class NpySource(EventSource):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., NpySource], tuple[Any, ...]]:
         # A memory map pickles as the array it shows; the other side can map the file itself.
         return _reopen, (self.path, self.height, self.width, len(self))
 
@@ -65,7 +67,8 @@ class NpySource(EventSource):
                     lost=lost,
                 )
             if done < min(start + count, len(self)):
-                return NpySource(self.path, self._rows[:done], self._names, self._unit, (self.height, self.width))
+                rows = cast(np.memmap, self._rows[:done])
+                return NpySource(self.path, rows, self._names, self._unit, (self.height, self.width))
             last = int(events.t[-1])
         return self
 
@@ -163,13 +166,13 @@ def write_npy(path: str | Path, events: Events | EventSource) -> None:
         np.lib.format.write_array_header_1_0(file, head)
         for chunk in chunks:
             rows = np.empty(len(chunk), _DTYPE)
-            for name in _DTYPE.names:
+            for name in "txyp":
                 rows[name] = getattr(chunk, name)
             file.write(rows.data)
 
 
 def _reopen(path: Path, height: int, width: int, count: int) -> NpySource:
-    rows = _mapped(path, recover=True)[:count]
+    rows = cast(np.memmap, _mapped(path, recover=True)[:count])
     return NpySource(path, rows, *column_names(rows.dtype.names), (height, width))
 
 

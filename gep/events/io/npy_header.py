@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
 _MAX_HEAD = 10_000  # bytes; a structured dtype of a few fields takes some hundred
 
 
-def read_head(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+def read_head(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, Fortran order, dtype) from the begin of a `.npy`; the file is left at the first byte of data.
 
     Raises:

@@ -51,19 +51,19 @@ def _array(raw: memoryview, deflated: bool) -> tuple[np.ndarray, int]:
     content = bytearray()
     wanted = None
     inflate = zlib.decompressobj(-15) if deflated else None
-    rest, file = raw, None
+    rest: memoryview | bytes = raw
     while wanted is None or len(content) < wanted:
-        piece = inflate.decompress(rest, _MOST) if deflated else bytes(rest)
-        rest = inflate.unconsumed_tail if deflated else b""
+        piece = bytes(rest) if inflate is None else inflate.decompress(rest, _MOST)
+        rest = b"" if inflate is None else inflate.unconsumed_tail
         content += piece
         if wanted is None:
             file = io.BytesIO(bytes(content))
             shape, _, dtype = read_head(file)
             if len(shape) != 1:
                 return np.zeros(0), zlib.crc32(content)
-            wanted = file.tell() + num_bytes(shape, dtype)
+            begin = file.tell()
+            wanted = begin + num_bytes(shape, dtype)
         if not piece or not len(rest):
             break
-    begin = file.tell()
     count = (min(len(content), wanted) - begin) // dtype.itemsize
     return np.frombuffer(bytes(content), dtype, count, begin), zlib.crc32(content)

@@ -130,7 +130,7 @@ class Stream(EventSource):
                 stacklevel=5,
             )
         self._per_chunk = max(_CHUNK_BYTES // codec.record, 1)
-        self._raw = np.empty(min(self._per_chunk, self._num) * codec.words, codec.word)
+        self._raw: np.ndarray = np.empty(min(self._per_chunk, self._num) * codec.words, codec.word)
         self._file = open(path, "rb", buffering=0)
         self._found: Index | None = None
         self._kept: tuple[int, int, Events] | None = None
@@ -266,7 +266,7 @@ class Stream(EventSource):
         """Records of a chunk, in memory that the next call reuses."""
         num = min(self._per_chunk, self._num - chunk * self._per_chunk)
         records = self._raw[: num * self.codec.words]
-        at, got, view = self._byte(chunk), 0, memoryview(records).cast("B")
+        at, got, view = self._byte(chunk), 0, records.data.cast("B")
         self._file.seek(at)
         while got < len(view):
             more = self._file.readinto(view[got:])
@@ -282,7 +282,8 @@ class Stream(EventSource):
         return -(-self._num // self._per_chunk)
 
     def _events(self, out: Buffers, begin: int, end: int) -> Events:
-        return Events(*out.arrays(begin, end), self.height, self.width)
+        t, x, y, p = out.arrays(begin, end)
+        return Events(t, x, y, p, self.height, self.width)
 
     def _empty(self) -> EventFormatError:
         return EventFormatError(f"{self.path}: byte {self.begin}: the recording holds no events")

@@ -13,7 +13,9 @@ import functools
 import importlib.util
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -38,13 +40,14 @@ def decoder() -> tuple[int, int] | None:
     if not hasattr(_local, "context"):
         _local.context = _Context(library)
     address = _local.context.address
-    return (ctypes.cast(library.ZSTD_decompressDCtx, ctypes.c_void_p).value, address) if address else None
+    function = ctypes.cast(library.ZSTD_decompressDCtx, ctypes.c_void_p).value
+    return (function, address) if function and address else None
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     found = importlib.util.find_spec("hdf5plugin")
-    folders = found.submodule_search_locations if found else ()
+    folders = (found.submodule_search_locations if found else None) or ()
     names = [str(path) for folder in folders for path in sorted(Path(folder, "plugins").glob("libh5blosc.*"))]
     for name in (*names, "libzstd.so.1", "libzstd.1.dylib"):
         try:
@@ -58,13 +61,14 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-@intrinsic
-def decompress(typing, function, context, out, room, frame, size):
-    """Bytes unpacked from a frame of `size` bytes into `room` bytes, both by address; -1 … -200 for damage."""
-
-    def generate(compiler, builder, signature, arguments):
+def _decompress(typing: Any, function: Any, context: Any, out: Any, room: Any, frame: Any, size: Any) -> Any:
+    def generate(compiler: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         whole = ir.IntType(64)
         kind = ir.FunctionType(whole, [whole] * 5)
         return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
 
     return types.int64(*[types.int64] * 6), generate
+
+
+decompress: Callable[..., int] = intrinsic(_decompress)
+"""Bytes unpacked from a frame of `size` bytes into `room` bytes, both by address; -1 … -200 for damage."""
