@@ -261,6 +261,9 @@ def test_dense_and_evrep_views_are_what_the_models_say(scene):
     quiet = np.ones((48, 48), bool)
     quiet[own.y, own.x] = False
     assert np.array_equal(picture[quiet], colours[quiet]) and np.array_equal(picture[~quiet], colours[~quiet] // 2)
+    read = output.values[6:-6, 6:-6]  # shares are of what the model reads, and what it does not is named
+    expected = [f"{name} {100 * np.mean(read == i):.0f} %" for i, name in enumerate("abc") if (read == i).any()]
+    assert re.findall("</i>(.*?)</li>", drawn) == [*expected, "beyond what the model reads"]
     evrep = hub_models.evrep()
     (picture,) = decoded(models.evrep_view(evrep).draw(shown))
     expected = evrep.from_events(own, np.array([[shown.t0, shown.t1]]))[0].permute(1, 2, 0).numpy()

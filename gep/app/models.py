@@ -106,10 +106,12 @@ def dense_view(model: DenseModel) -> View:
             found = next(predictions(model, source, range(shown.t1, shown.t1 + 1, shown.window_us), view))
         drawn = key.picture(found.values)
         if isinstance(key, ClassLegend):
-            shares = np.bincount(found.values.ravel(), minlength=256) / found.values.size
+            counts = np.bincount(found.values.ravel(), minlength=256)
+            beyond = int(counts[IGNORE])
+            shares = counts / max(found.values.size - beyond, 1)
             seen = [i for i in range(len(key.classes)) if shares[i] > _LEAST]
             rows = [(f"{key.classes[i]} {100 * shares[i]:.0f} %", key.own[i].tolist()) for i in seen]
-            if shares[IGNORE] > 0:
+            if beyond:
                 rows.append(("beyond what the model reads", key.colours[-1].tolist()))
             # Events stay visible as darker pixels of their class's colour.
             drawn = drawn.copy()

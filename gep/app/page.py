@@ -109,7 +109,8 @@ class Page:
         except ValueError as error:
             # What readers say for programs: here there is one field for both, and a button.
             hint = " Type the sensor's size above and press Open." if "height and width" in str(error) else ""
-            return "", html.notice(f"{file.name} could not be opened", f"{error}.{hint}", error=True)
+            text = str(error).removeprefix(f"{file.name}: ")
+            return "", html.notice(f"{file.name} could not be opened", f"{text}.{hint}", error=True)
         file.unlink(missing_ok=True)
         return key, ""
 

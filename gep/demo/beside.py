@@ -33,6 +33,11 @@ class Beside:
         self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._pool: ProcessPoolExecutor | None = None
 
+    @property
+    def log(self) -> Path | None:
+        """Where the other process prints; None while there is none."""
+        return self._log if self._pool is not None else None
+
     @contextmanager
     def started(self) -> Iterator[Beside]:
         """Gives half of the cores away while the context is open."""

@@ -82,21 +82,20 @@ class Demo:
         train, reserved = training_digits(recordings)
         self._clear()
         with Beside(self.out / "beside.log").started() as beside:
+            if beside.log is not None:
+                print(f"scenes and what needs no teacher run in a second process: {beside.log}", flush=True)
             return self._run(recordings, train, reserved, beside)
 
     def _run(self, recordings: list[Listing], train: Digits, reserved: Digits, beside: Beside) -> dict[str, Any]:
         """Two rows of steps: digits here, scenes beside them."""
         start = time.perf_counter()
         data, teacher = self.out / "data", self.out / "teacher" / "export"
-        early = beside.submit(_prepare, self.out, train, self.size, self.seed)
+        unseen = reserved.subset(evenly(len(reserved), _HELD_OUT if recordings else self.size.num_test))
+        early = beside.submit(_prepare, self.out, train, unseen, self.size, self.seed)
         with self._timed("teacher"):
             self._teacher(train, reserved)
         late = beside.submit(_scenes, self.out / "scenes", teacher, self.size.scenes, self.seed)
-        with self._timed("simulate"):
-            simulate_digits(train, data, split="train", copies=self.size.copies, seed=self.seed)
-            count = _HELD_OUT if recordings else self.size.num_test
-            unseen = reserved.subset(evenly(len(reserved), count))
-            simulate_digits(unseen, data, split="test", copies=1, seed=self.seed + 1)
+        prepared = beside.result(early)
         common = [f"data.root={data}", f"teacher.name=export:{teacher}", f"train.seed={self.seed}"]
         with self._timed("stage1"):
             stage1 = stage1_align.run.main(
@@ -125,7 +124,6 @@ class Demo:
             seed=self.seed,
             timed=self._timed,
         )
-        prepared = beside.result(early)
         evrep = EvRepDemo(
             self.out / "llm_evrep",
             data,
@@ -223,13 +221,16 @@ class Demo:
         model.save(self.out / "teacher" / "export", metrics=metrics)
 
 
-def _prepare(out: Path, digits: Digits, size: Size, seed: int) -> dict[str, float]:
-    """What needs no teacher: the scenes, and the second reader; returns the seconds of each."""
+def _prepare(out: Path, train: Digits, unseen: Digits, size: Size, seed: int) -> dict[str, float]:
+    """What needs no teacher: recordings of digits, the scenes, the second reader; returns the seconds of each."""
     watch = Stopwatch()
+    with watch("simulate"):
+        simulate_digits(train, out / "data", split="train", copies=size.copies, seed=seed)
+        simulate_digits(unseen, out / "data", split="test", copies=1, seed=seed + 1)
     with watch("scenes"):
         draw_data(out / "scenes", size.scenes, seed)
     with watch("llm_evrep: second reader"):
-        second_reader(out / "llm_evrep" / "reader", digits, size.evrep.reader_steps, seed + 1)
+        second_reader(out / "llm_evrep" / "reader", train, size.evrep.reader_steps, seed + 1)
     return watch.seconds
 
 
