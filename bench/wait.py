@@ -1,8 +1,9 @@
 """How much of a stage-1 run is waiting for data: `python -m bench.wait`.
 
 Whole runs of stage1_align on the demo's simulated digits, one after the other: its own settings (`nano`), and `small`
-on the same recordings at 224 x 224. Each with batches made in the training process and by one thread ahead of it; the
-share is `data_wait` of the run's speed.jsonl, without its first line.
+on the same recordings at 224 x 224. Each with batches made in the training thread (`train.threads=0`) and by one thread
+ahead of it (`train.threads=1`, as the demo has it); the share is `data_wait` of the run's speed.jsonl, without its
+first line.
 """
 
 from __future__ import annotations

@@ -85,6 +85,7 @@ def prepare_run_dir(
             write_whole(run_dir / "inputs.json", json.dumps(digests, indent=2) + "\n")
     problem = distributed.gather_objects(problem)[0]
     if problem is not None:
+        run_lock.release(run_dir)
         raise ValueError(problem)
     return run_dir
 

@@ -86,19 +86,18 @@ def fit(
         ValueError: other settings than the run was begun with, another run in its folder, or batches of the wrong form.
     """
     run_dir = Path(run_dir)
-    run_lock.claim(run_dir)
-    checkpoint.refuse_overwrite(run_dir, train.resume)
-    distributed.seed_all(train.seed, per_rank=True)
-    if groups is None:
-        groups = param_groups(task, lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
-    run = _Run(task, groups, train, optim, accelerator, run_dir, _deferred)
-    try:
-        run.resume()
-        with StopSignal() as stop, Progress(train.steps, start=run.step, enabled=train.progress) as progress:
-            stopped_at = run.loop(batches, evaluate, stop, progress)
-    finally:
-        run.release()
-        run_lock.release(run_dir)
+    with run_lock.held(run_dir):
+        checkpoint.refuse_overwrite(run_dir, train.resume)
+        distributed.seed_all(train.seed, per_rank=True)
+        if groups is None:
+            groups = param_groups(task, lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
+        run = _Run(task, groups, train, optim, accelerator, run_dir, _deferred)
+        try:
+            run.resume()
+            with StopSignal() as stop, Progress(train.steps, start=run.step, enabled=train.progress) as progress:
+                stopped_at = run.loop(batches, evaluate, stop, progress)
+        finally:
+            run.release()
     if stopped_at is not None:
         _say(f"{stop.name or 'stopped'}: step {run.step} is saved in {stopped_at}; the same command goes on")
         accelerator.end_training()

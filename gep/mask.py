@@ -7,12 +7,13 @@ from typing import Any
 _RULES = (
     (re.compile(r"(\w+://)[^/@\s]+@"), r"\1***@"),
     (re.compile(r"(\w+://[^\s?]*)\?[^\s]+"), r"\1?***"),
+    (re.compile(r"((?:-H|--header)[\s=]*(['\"])[\w-]+:)[^'\"]*"), r"\1 ***"),
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "***"),
 )
 
 
 def masked(value: Any) -> Any:
-    """A copy of JSON values with secrets replaced by ***: users and queries of addresses, tokens of the Hub."""
+    """A copy of JSON values with secrets replaced by ***: users and queries of addresses, headers, the Hub's tokens."""
     if isinstance(value, Mapping):
         return {name: masked(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

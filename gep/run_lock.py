@@ -3,6 +3,8 @@
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gep import distributed
@@ -17,6 +19,16 @@ LOCK = ".lock"
 # Held by this process. A lock of POSIX is the process's own: data workers, which outlive a killed run for some seconds,
 # do not inherit it, and closing any other descriptor of the file would give it up.
 _held: dict[Path, int] = {}
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """`claim` for a block of work, at whose end the folder is let go, an earlier claim's too."""
+    claim(run_dir)
+    try:
+        yield
+    finally:
+        release(run_dir)
 
 
 def claim(run_dir: Path) -> None:

@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from gep import checkpoint_files, folder_swap, run_lock
-from gep.checkpoint import find
+from gep.checkpoint import find, prepare_run_dir
 from gep.checkpoint_files import CheckpointError, check, mark_complete, prune, write_whole
+from gep.engine import TrainConfig, fit, make_accelerator
+from gep.optim import OptimConfig
 
 HELD = """
 import sys
@@ -25,6 +29,11 @@ except ValueError as error:
 else:
     print("free")
 """
+
+
+@dataclass(frozen=True)
+class SimpleConfig:
+    train: TrainConfig
 
 
 def made(run: Path, *steps: int) -> list[Path]:
@@ -99,6 +108,19 @@ def test_a_run_folder_has_one_process_until_it_is_let_go(tmp_path: Path) -> None
     assert other() == "free"
     run_lock.claim(tmp_path)  # the other one has ended
     run_lock.release(tmp_path)
+
+
+def test_a_run_that_is_refused_lets_go_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    train, optim = TrainConfig(steps=1, resume="never", progress=False), OptimConfig()
+    accelerator = make_accelerator(train, tmp_path)
+    for refused in (
+        lambda: prepare_run_dir(tmp_path, SimpleConfig(train=train)),
+        lambda: fit(nn.Linear(2, 2), iter, train=train, optim=optim, accelerator=accelerator, run_dir=tmp_path),
+    ):
+        with pytest.raises(ValueError, match="already holds a run"):
+            refused()
+        assert tmp_path.resolve() not in run_lock._held
 
 
 def filled(folder: Path, word: str) -> Path:

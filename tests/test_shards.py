@@ -125,6 +125,9 @@ def test_killed_and_resumed_gives_the_same_bytes_and_keeps_what_was_done(folder:
     before = digests(out), (out / "index.json").stat().st_mtime_ns
     write(make(), out)
     assert before == (digests(out), (out / "index.json").stat().st_mtime_ns), "a finished set is left alone"
+    (out / "shard-000000.json").write_text("{}")  # as of a run killed between the index and its last removal
+    write(make(), out)
+    assert not list(out.glob("shard-*.json"))
 
 
 def alive(group: int) -> bool:

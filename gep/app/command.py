@@ -18,7 +18,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     app.add_argument("--images", type=Path, metavar="DIR", help="images that windows are compared with")
     app.add_argument("--teacher", default="", metavar="SPEC", help="--images: the image model; default: as exported")
     app.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 = all (%(default)s)")
-    app.add_argument("--port", type=int, default=7860, help="(%(default)s)")
+    app.add_argument("--port", type=int, default=7860, help="0 = any (%(default)s)")
     app.add_argument("--max-mb", type=int, default=500, help="largest file that may be dropped (%(default)s)")
     app.set_defaults(run=_run)
 
@@ -42,7 +42,12 @@ def _run(arguments: argparse.Namespace) -> None:
         if arguments.images is not None and not arguments.models:
             raise ValueError(f"--images {arguments.images} needs an encoder: give the export of stage 1 or 2")
         page = build(*_loaded(arguments)) if arguments.models else build()
-        served = serve(page, host=arguments.host, port=arguments.port, max_mb=arguments.max_mb)
+        try:
+            served = serve(page, host=arguments.host, port=arguments.port, max_mb=arguments.max_mb)
+        except OSError as error:
+            raise ValueError(
+                f"cannot listen at --host {arguments.host} --port {arguments.port}: choose another port; 0 = any"
+            ) from error
         print(f"{served}  (Ctrl+C ends it)", file=sys.stderr, flush=True)
         threading.Event().wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -107,10 +108,10 @@ class Page:
             height, width = sensor_size(size)
             key = self.library.add(read_recording(file, height=height, width=width))
         except ValueError as error:
-            # What readers say for programs: here there is one field for both, and a button.
-            hint = " Type the sensor's size above and press Open." if "height and width" in str(error) else ""
-            text = str(error).removeprefix(f"{file.name}: ")
-            return "", html.notice(f"{file.name} could not be opened", f"{text}.{hint}", error=True)
+            # Readers speak to programs: here one field stands for both.
+            text = re.sub("(give|pass) height and width", "type the sensor's size above and press Open", str(error))
+            text = text.removeprefix(f"{file.name}: ")
+            return "", html.notice(f"{file.name} could not be opened", f"{text}.", error=True)
         file.unlink(missing_ok=True)
         return key, ""
 

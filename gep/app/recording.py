@@ -19,6 +19,8 @@ from gep.events.types import EventFormatError, Events
 
 MOST_EVENTS = 20_000_000
 """Events that are kept of a recording, about 260 MB."""
+MOST_PIXELS = 1 << 24
+"""Pixels of a sensor that is drawn; a window of the largest that gep reads would take 13 GB."""
 BINS = 120
 """Parts of the time that rates are counted in."""
 WINDOWS_MS = (1, 2, 5, 10, 20, 40, 50, 100, 200, 500, 1000)
@@ -127,6 +129,8 @@ def read_recording(path: Path, *, height: int | None = None, width: int | None =
     """
     try:
         with open_events(path, height=height, width=width) as source:
+            if source.height * source.width > MOST_PIXELS:
+                raise EventFormatError(f"{path}: a sensor of {source.width} × {source.height} pixels is not drawn")
             total = len(source)
             events = source.by_index(0, min(total, MOST_EVENTS))
             # Columns of a mapped file would keep it.

@@ -101,6 +101,8 @@ def write_shards(
         raise ValueError(f"{plan.out}: another process is writing shards there; wait for it or end it") from error
     try:
         if _finished_index(plan):
+            for side in _sides(plan):  # of a run that was killed when all was written
+                side.unlink(missing_ok=True)
             return plan.out / INDEX
         for left in plan.out.glob(".*.tmp"):  # of a run that was killed
             left.unlink()
@@ -274,9 +276,13 @@ def _foreign(path: Path) -> ValueError:
     )
 
 
+def _sides(plan: Plan) -> list[Path]:
+    return [plan.out / f"{_stem(shard)}.json" for shard in range(plan.num_shards)]
+
+
 def _finish(plan: Plan) -> None:
     """Gathers what the files beside the shards say into the index, and removes them."""
-    sides = [plan.out / f"{_stem(shard)}.json" for shard in range(plan.num_shards)]
+    sides = _sides(plan)
     entries = [_load(side) for side in sides]
     skipped = [pair for entry in entries for pair in entry.pop("skipped")]
     for entry in entries:

@@ -80,8 +80,9 @@ def sensor_size(file: h5py.File, layout: Layout) -> tuple[int, int]:
     if "height" in file.attrs and "width" in file.attrs:
         return int(file.attrs["height"]), int(file.attrs["width"])
     resolution = f"{layout.columns['t'][0].rpartition('/')[0]}/calib/resolution"
-    if layout.name == "M3ED" and _is_dataset(file, resolution) and file[resolution].shape == (2,):
-        width, height = (int(side) for side in file[resolution][:])
+    found = file[resolution] if layout.name == "M3ED" and _is_dataset(file, resolution) else None
+    if found is not None and found.shape == (2,) and _is_own(file, found):
+        width, height = (int(side) for side in found[:])
         return height, width
     return layout.sensor
 
@@ -90,9 +91,19 @@ def _is_dataset(file: h5py.File, name: str) -> bool:
     return name in file and hasattr(file[name], "shape")
 
 
+def _is_own(file: h5py.File, data: h5py.Dataset) -> bool:
+    """Whether the values lie in this very file: one that somebody sent may name any other of this machine."""
+    return data.file.filename == file.filename and not data.external and not data.is_virtual
+
+
 def _check(file: h5py.File, path: Path, layout: Layout) -> None:
     """Refuses shapes and dtypes other than the layout's, filters that are missing, and sizes no file can hold."""
     length = None
+    for name in (*layout.datasets, *([layout.index] if layout.index and _is_dataset(file, layout.index) else [])):
+        if not _is_own(file, file[name]):
+            raise EventFormatError(
+                f"{path}: byte 0: dataset '{name}' lies in another file, which is not read: copy its values to this one"
+            )
     for name in layout.datasets:
         data = file[name]
         table = layout.columns["t"][1] is not None
