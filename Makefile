@@ -9,6 +9,7 @@ FAST ?=
 .PHONY: demo test test-slow browser fuzz faults lint format bench clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
+	@echo "installing into $(VENV): some minutes, without a word"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"

@@ -1,6 +1,6 @@
 """What fit() costs beside a bare loop over the same module, batches and optimiser: `python bench/engine.py`.
 
-Then what bf16 and the fused optimiser are worth in a step of the bare loop, against fp32 and AdamW's other kernels.
+Then what `gep.cpu`'s kernels, bf16 and the fused optimiser are worth in a step of the bare loop.
 
 Both train a copy of one task in one process, in blocks taken in turn (fit, bare, fit, ...): a busy spell
 hits both. fit logs every 10 steps and checks every step for NaN; the bare loop clips and steps, no more.
@@ -13,10 +13,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.common import medians, print_header, print_table
 from gep.accelerator import cpu_bf16, precision_of
+from gep.cpu import use_fast_kernels
 from gep.engine import TrainConfig, fit, make_accelerator
 from gep.models.encoder import EventEncoder
 from gep.models.presets import preset
@@ -73,17 +75,31 @@ def main(argv: list[str] | None = None) -> float:
 
 
 def precisions(options: argparse.Namespace) -> None:
-    """Prints the stage-1 student's step in bf16 over that in fp32."""
-    torch.manual_seed(0)
-    task = TokenRegression(options.preset).to(device := torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    batches = _batches(task, options.batch, device)
-    steps = 10 * BLOCK
-    loops = {name: BareLoop(copy.deepcopy(task), OptimConfig(lr=1e-5), steps, name) for name in ("no", "bf16")}
-    seconds = medians({name: partial(_whole_step, loop, batches[0]) for name, loop in loops.items()}, BLOCK)
+    """Prints the stage-1 student's step in float32, with PyTorch's kernels and with `gep.cpu`'s, and in bf16."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arms: dict[str, Callable[[], None]] = {}
+    try:
+        for name in ("fp32, PyTorch's kernels", "fp32", "bf16"):
+            _kernels(fast=bool(arms))
+            torch.manual_seed(0)
+            task = TokenRegression(options.preset).to(device)
+            loop = BareLoop(task, OptimConfig(lr=1e-5), 10 * BLOCK, "bf16" if name == "bf16" else "no")
+            arms[name] = partial(_whole_step, loop, _batches(task, options.batch, device)[0], bool(arms))
+        seconds = medians(arms, BLOCK)
+    finally:
+        _kernels(fast=True)
     flags = ", ".join(cpu_bf16()) or "neither AMX nor AVX512-BF16"
-    rows = [[name, f"{1e3 * s:.2f}", f"{seconds['no'] / s:.2f}"] for name, s in seconds.items()]
+    rows = [[name, f"{1e3 * s:.2f}", f"{seconds['fp32'] / s:.2f}"] for name, s in seconds.items()]
     print_table(["precision", "median [ms/step]", "fp32 / this"], rows)
     print(f"bf16 in this CPU: {flags}; `train.precision=auto` is {precision_of('auto')} here\n")
+
+
+def _kernels(*, fast: bool) -> None:
+    """What `make_accelerator` chooses on this machine, or PyTorch's own choice."""
+    torch.set_float32_matmul_precision("highest")
+    timm.layers.set_fused_attn(True)
+    if fast:
+        use_fast_kernels()
 
 
 def optimisers(options: argparse.Namespace) -> None:
@@ -103,7 +119,8 @@ def optimisers(options: argparse.Namespace) -> None:
     print_table(["AdamW", "median [ms/update]", "this / fused"], rows)
 
 
-def _whole_step(loop: "BareLoop", batch: dict[str, Tensor]) -> None:
+def _whole_step(loop: "BareLoop", batch: dict[str, Tensor], fast: bool) -> None:
+    _kernels(fast=fast)
     loop.step(batch)
     _now(batch["x"].device)
 

@@ -16,6 +16,7 @@ import textwrap
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
@@ -81,14 +82,6 @@ def dump(cfg: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
 
 
-def save(cfg: Any, path: str | os.PathLike[str]) -> None:
-    """Write `dump(cfg)` to a file, whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(dump(cfg), encoding="utf-8")
-    os.replace(partial, path)
-
-
 def help_text(schema: type) -> str:
     """One line per field: dotted name, type, default and meaning."""
     summary = (inspect.getdoc(schema) or "").split("\n")[0]
@@ -106,14 +99,19 @@ def help_text(schema: type) -> str:
 def run_cli(main: Callable[[], Any]) -> None:
     """Run a program's main; a user's mistake ends in one line `error: ...` and exit code 2.
 
-    GEP_TRACEBACK=1 prints the traceback too. A program that ends well leaves its process group.
+    GEP_TRACEBACK=1 prints the traceback too. A user's warning is one line `warning: ...`. A program that ends well
+    leaves its process group.
     """
+    with_place = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, *place: (
+        f"warning: {message}\n" if category is UserWarning else with_place(message, category, *place)
+    )
     try:
         main()
         ranks = sys.modules.get("torch.distributed")
         if ranks is not None and ranks.is_available() and ranks.is_initialized():
             ranks.destroy_process_group()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("GEP_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
@@ -125,6 +123,8 @@ def run_cli(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        warnings.formatwarning = with_place
 
 
 # Reading what the user gave.

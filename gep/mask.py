@@ -8,6 +8,7 @@ _RULES = (
     (re.compile(r"(\w+://)[^/@\s]+@"), r"\1***@"),
     (re.compile(r"(\w+://[^\s?]*)\?[^\s]+"), r"\1?***"),
     (re.compile(r"((?:-H|--header)[\s=]*(['\"])[\w-]+:)[^'\"]*"), r"\1 ***"),
+    (re.compile(r"(\bcurl\b.*?\s(?:-u|--user)[\s=]*)[^\s]+"), r"\1***"),
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "***"),
 )
 

@@ -92,7 +92,9 @@ def _teacher_key(teacher: TeacherConfig, encoder_preset: str | None) -> str:
     spec, file = teacher.spec(encoder_preset), weights_of(teacher, encoder_preset)
     digest = hashlib.sha256(json.dumps([teacher.image_size, teacher.random]).encode())
     if file is not None:
-        digest.update(file.read_bytes())
+        with open(file, "rb") as stream:
+            while part := stream.read(1 << 24):
+                digest.update(part)
     return f"{'export' if spec.startswith('export:') else spec} {digest.hexdigest()[:16]}"
 
 

@@ -1,5 +1,7 @@
 """Typed configuration: precedence, types, typos, help."""
 
+import sys
+import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,7 +75,7 @@ def test_defaults_come_from_the_field_that_holds_the_group():
 
 def test_dump_reads_back(tmp_path):
     cfg = Root(root="r", names=["q"], optim=Optim(scales={"a": 0.1}, betas=(0.5, 0.6)), second=Optim())
-    config.save(cfg, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config.dump(cfg))
     assert config.load(Root, [str(tmp_path / "config.yaml")]) == cfg
     assert list(tmp_path.iterdir()) == [tmp_path / "config.yaml"]
 
@@ -170,3 +172,16 @@ def test_run_cli_prints_one_line_and_exits_2(capsys, monkeypatch):
     assert "Traceback" in printed and "error: [Errno 2]" in printed
     with pytest.raises(RuntimeError):  # a bug is not a user's mistake
         config.run_cli(lambda: (_ for _ in ()).throw(RuntimeError("bug")))
+
+
+def test_run_cli_prints_a_missing_extra_and_warnings_in_one_line(capsys):
+    def job():
+        print(warnings.formatwarning("odd", UserWarning, "file.py", 3), end="", file=sys.stderr)
+        raise ImportError("MP4 needs OpenCV")
+
+    before = warnings.formatwarning
+    with pytest.raises(SystemExit) as caught:
+        config.run_cli(job)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("warning: odd\nerror: MP4 needs OpenCV\n")
+    assert warnings.formatwarning is before

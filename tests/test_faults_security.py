@@ -86,6 +86,11 @@ def test_a_commands_headers_are_masked(quote: str) -> None:
     assert masked(command.format("Bearer abc.def", "k y")) == command.format("***", " ***")
 
 
+@pytest.mark.parametrize("option", ["-u ", "--user ", "--user="])
+def test_a_commands_passwords_are_masked(option: str) -> None:
+    assert masked(f"pipe:curl -s {option}me:pass/word x.tar") == f"pipe:curl -s {option}*** x.tar"
+
+
 def test_plain_settings_are_kept_as_they_are() -> None:
     plain = {
         "a": ["runs/hf_small", "hf://datasets/user/set@main/x.tar", "user@host"],

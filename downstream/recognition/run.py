@@ -67,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def _sets(data: DataConfig) -> tuple[Recordings | StillImages, Recordings | StillImages]:
     train_set, test_set = build(data, paired=False)
     assert isinstance(train_set, Recordings | StillImages)  # streams and mixes have been refused
-    warn_of_missing(train_set.listing, test_set.listing, data)
     return train_set, test_set
 
 
@@ -99,6 +98,7 @@ def probe_frozen(cfg: RecognitionConfig, model: GEPModel, data: DataConfig, acce
     if cfg.mode == "kshot" and not data.eval_split:
         results["top1"] = kshot(test, None, len(classes), cfg.probe)
         return results
+    warn_of_missing(train_set.listing, test_set.listing, data)
     features, labels = features_of(train_set, "learn from")
     learn = (features.pooled(cfg.feature), labels)
     if cfg.mode == "probe":
@@ -124,6 +124,7 @@ def finetune(
     if cfg.mode == "scratch":
         reinitialise(model, cfg.train.seed)
     train_set, test_set = _sets(data)
+    warn_of_missing(train_set.listing, test_set.listing, data)
     if cfg.shots:
         chosen, _ = draw_shots(train_set.listing.labels, cfg.shots, seed=cfg.probe.seed, draw=cfg.draw)
         train_set = train_set.subset(chosen, f"{train_set.listing.split}[{cfg.shots} shots, draw {cfg.draw}]")
@@ -210,7 +211,8 @@ def warn_of_missing(train: Listing, test: Listing, data: DataConfig) -> None:
             names = ", ".join(train.classes[label] for label in sorted(lacking)[:5])
             warnings.warn(
                 f"{fix} leaves nothing to {doing} of {len(lacking)} of {len(seen | tested)} classes ({names}): hold "
-                "another share out, record more, or sort the recordings into train/ and test/ yourself",
+                "another share out, record more, sort the recordings into train/ and test/ yourself, or split each by "
+                "time: data.train_split=0-80% data.eval_split=80-100% with data.sample_us",
                 stacklevel=2,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -66,6 +67,8 @@ class Segmentation:
                 "own says in ROOT/classes.txt what the ids 0, 1, 2, … are called, a name a line"
             )
         found = listing.notes.get("colours", "").split()
+        if bad := [colour for colour in found if not re.fullmatch("-|#[0-9a-fA-F]{6}", colour)]:
+            raise ValueError(f"data.name={listing.name}: {bad[0]!r} is no colour of a class; colours are #rrggbb or -")
         given = [None if colour == "-" else (*bytes.fromhex(colour[1:]),) for colour in found]
         colours = palette(listing.classes, given).tolist()
         return cls(tuple(listing.classes), tuple((red, green, blue) for red, green, blue in colours), dice)

@@ -30,6 +30,7 @@ _NEAR = 6
 _BEYOND = 222  # grey of what the model's canvas did not reach
 _CHANNELS = 12
 _BARS = 8
+_MOST_WORDS = 50
 
 
 class Bank(NamedTuple):
@@ -175,6 +176,8 @@ class EncoderViews:
     def words(self, shown: Shown) -> str:
         """The prompts that were typed, by cosine."""
         prompts = [word.strip() for word in shown.words.split(",") if word.strip()]
+        if len(prompts) > _MOST_WORDS:
+            return html.notice("Words", f"{len(prompts)} prompts; give at most {_MOST_WORDS}.")
         if not prompts:
             return html.notice("Words", "Type some above, such as: a photo of a car, a photo of a person.")
         vectors = self.model.word_vectors(prompts)

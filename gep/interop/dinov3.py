@@ -123,6 +123,6 @@ def _rounded_periods(weights: Conversion, head_dim: int) -> bool:
             weights.ignore("rope_embed.periods", f"computed from base {ROPE_BASE:g}, {how}")
             return rounded
     raise ValueError(
-        f"rope_embed.periods are not those of base {ROPE_BASE:g} and heads of {head_dim}, in float32 or bfloat16: "
-        f"{periods.tolist()[:4]} …"
+        f"rope_embed.periods are not those of base {ROPE_BASE:g} and heads of {head_dim}, in float32 or bfloat16 (a "
+        f"checkpoint saved in float16 has lost them: take the release's own): {periods.tolist()[:4]} …"
     )

@@ -26,6 +26,8 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only kills and checks whose name holds this regular expression")
     parser.add_argument("--keep", type=Path, help="a new folder for all files, which then stay")
     args = parser.parse_args()
+    if not any(re.search(args.match, name) for name in (*others.CHECKS, *(one.name for one in jobs.SCENARIOS))):
+        parser.error(f"--match {args.match}: no kill or check has such a name")
     torch.set_num_threads(1)
     chosen = [scenario for scenario in jobs.SCENARIOS if re.search(args.match, scenario.name)]
     begun, tallies = time.monotonic(), []

@@ -152,5 +152,7 @@ def damaged(path: Path, byte: int, cause: str, *, recover: bool, kept: int = 0, 
         lost: how much is lost, for people ("1,234 of 5,678 bytes").
     """
     if not recover:
-        raise EventFormatError(f"{path}: byte {byte}: {cause}; recover=True reads the {kept:,} events before it")
+        raise EventFormatError(
+            f"{path}: byte {byte}: {cause}; recover=True (gep convert --recover) reads the {kept:,} events before it"
+        )
     warnings.warn(f"{path}: byte {byte}: {cause}; kept the {kept:,} events before it, lost {lost}", stacklevel=3)
