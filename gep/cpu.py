@@ -15,8 +15,8 @@ def use_fast_kernels() -> bool:
     PyTorch gives them to MKL, which leaves AVX-512 unused on AMD's: products of a small ViT then take twice as long.
     oneDNN may be asked by allowing bfloat16 products, which it has no kernels for without AMX and computes in float32.
     Of attention, timm's own two products are then faster than PyTorch's fused kernel, which loses by that setting.
-    Everywhere else nothing is changed. The choice depends on the machine alone, so that a run's numbers do not change. Models are
-    to be built after it: timm's attention reads its switch when it is made.
+    Everywhere else nothing is changed. The choice depends on the machine alone, so that a run's numbers do not change.
+    Models are to be built after it: timm's attention reads its switch when it is made.
     """
     if not _is_slow_in_mkl():
         return False

@@ -224,13 +224,13 @@ def test_words_are_ordered_by_their_cosines(scene, monkeypatch):
     pooled = model.encode(scene.between(shown.t0, shown.t1), np.array([[shown.t0, shown.t1]])).pooled[0, 0]
     own, other = F.normalize(pooled, dim=0), torch.randn(len(pooled), generator=torch.Generator().manual_seed(0))
     across = F.normalize(other - (other @ own) * own, dim=0)
-    vectors = torch.stack([0.6 * own + 0.8 * across, own, across])
+    vectors = torch.stack([0.6 * own + 0.8 * across, own, 0.28 * own + 0.96 * across])
     monkeypatch.setattr(type(model), "word_vectors", lambda self, words: vectors[: len(words)])
     found = EncoderViews(model)
     assert [view.title for view in found.views() if view.asks] == ["Words"]
     text = found.words(shown)
     assert re.findall(r"<span>(.*?)</span>", text) == ["a &lt;dog&gt;", "a cat", "a car"]
-    assert re.findall(r"<em>(.*?)</em>", text) == ["1.000", "0.600", "0.000"]
+    assert re.findall(r"<em>(.*?)</em>", text) == ["1.000", "0.600", "0.280"]
     assert "Type some" in found.words(Shown(scene, shown.t0, shown.t1))
 
 
