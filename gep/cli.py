@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--compression", choices=("lz4", "zstd", "gzip", "none"), help=".arrow and .h5: how it is packed"
     )
     convert.add_argument("--recover", action="store_true", help="of a damaged recording, convert the sound prefix")
+    convert.add_argument("--from-zero", action="store_true", help="count times from the first event")
     _add_reading(convert)
     convert.set_defaults(run=_convert)
 
@@ -290,9 +291,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     from gep.events.io.convert import convert
 
     size = {"height": arguments.height, "width": arguments.width}
-    count = convert(
-        arguments.source, arguments.target, **size, recover=arguments.recover, compression=arguments.compression
-    )
+    options = {name: getattr(arguments, name) for name in ("recover", "from_zero", "compression")}
+    count = convert(arguments.source, arguments.target, **size, **options)
     print(f"{arguments.target}: {count:,} events, {arguments.target.stat().st_size:,} bytes")
 
 

@@ -41,6 +41,19 @@ def test_from_any_to_any(tmp_path, source, target):
     assert count == 3000 and _same(again, events) and (again.height, again.width) == (180, 240)
 
 
+@pytest.mark.parametrize("target", [".raw", ".dat", ".arrow", ".npz"])
+def test_times_of_day_count_from_zero_where_asked_for(tmp_path, target):
+    at = _events()
+    today = Events.from_arrays(at.t + 1_700_000_000_000_000, at.x, at.y, at.p, height=180, width=240)
+    write_events(tmp_path / "in.arrow", today)
+    if target in (".raw", ".dat"):
+        with pytest.raises(ValueError, match="--from-zero"):
+            convert(tmp_path / "in.arrow", tmp_path / f"out{target}", progress=False)
+    convert(tmp_path / "in.arrow", tmp_path / f"out{target}", from_zero=True, progress=False)
+    again = read_events(tmp_path / f"out{target}")
+    assert np.array_equal(again.t, at.t - at.t[0]) and np.array_equal(again.x, at.x) and np.array_equal(again.p, at.p)
+
+
 def test_streams_in_chunks_and_shows_progress(tmp_path, monkeypatch, capsys):
     events = _events(200_000)
     write_events(tmp_path / "a.npy", events)

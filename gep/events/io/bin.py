@@ -141,7 +141,7 @@ def write_bin(path: str | Path, events: Events | EventSource) -> None:
             if part.t[0] < 0 or part.t[-1] >= _WRITE_LIMIT:
                 raise ValueError(
                     f"{path}: .bin holds 0 <= t < 2**32 µs, got {part.t[0]}..{part.t[-1]}; "
-                    "subtract the first time, or cut the recording"
+                    "subtract the first time (gep convert --from-zero), or cut the recording"
                 )
             # Overflow rows needed before each event, so that what is left of its time fits 23 bits.
             needed = np.maximum(0, -((_TIME_LIMIT - 1 - part.t) // _OVERFLOW_US))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ def convert(
     height: int | None = None,
     width: int | None = None,
     recover: bool = False,
+    from_zero: bool = False,
     compression: str | None = None,
     progress: bool = True,
 ) -> int:
@@ -49,6 +51,7 @@ def convert(
         height: sensor rows, where the source does not say.
         width: sensor columns, likewise.
         recover: of a damaged source take the longest sound prefix, with a warning.
+        from_zero: count times from the first event, as formats need that hold no times of day.
         compression: see `write_events`.
         progress: show a bar.
 
@@ -67,7 +70,7 @@ def convert(
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"{target}: source and target are one file; give another target")
     with open_events(source, height=height, width=width, recover=recover) as recording:
-        watched = _Watched(recording, target.name, progress)
+        watched = _Watched(recording, target.name, progress, from_zero)
         with watched:
             write_events(target, watched, compression=compression)
     return watched.count
@@ -85,44 +88,47 @@ def _writable(path: Path) -> tuple[str, Callable[..., None]]:
 
 
 class _Watched(EventSource):
-    """A recording whose chunks move a progress bar and are counted."""
+    """A recording whose chunks move a progress bar and are counted, in times from its first event where wanted."""
 
-    def __init__(self, inner: EventSource, name: str, progress: bool):
+    def __init__(self, inner: EventSource, name: str, progress: bool, from_zero: bool):
         from tqdm import tqdm
 
         self.path, self.height, self.width = inner.path, inner.height, inner.width
         self.count, self._inner = 0, inner
+        self._first = inner.span[0] if from_zero and len(inner) else 0
         self._bar = tqdm(total=len(inner), desc=name, unit="events", unit_scale=True, disable=not progress)
 
     def __len__(self) -> int:
         return len(self._inner)
 
     def by_index(self, start: int, stop: int) -> Events:
-        events = self._inner.by_index(start, stop)
-        self._add(len(events))
-        return events
+        return self._counted(self._inner.by_index(start, stop))
 
     def by_time(self, t0: int, t1: int) -> Events:
-        events = self._inner.by_time(t0, t1)
-        self._add(len(events))
-        return events
+        return self._counted(self._inner.by_time(t0 + self._first, t1 + self._first))
 
     @property
     def span(self) -> tuple[int, int]:
-        return self._inner.span
+        begin, end = self._inner.span
+        return begin - self._first, end - self._first
 
     def read(self) -> Events:
-        events = self._inner.read()
-        self._add(len(events))
-        return events
+        return self._counted(self._inner.read())
 
     def chunks(self, count: int = 1 << 20) -> Iterator[Events]:
         for chunk in self._inner.chunks(count):
-            yield chunk
+            yield self._moved(chunk)
             self._add(len(chunk))
 
     def close(self) -> None:
         self._bar.close()
+
+    def _counted(self, events: Events) -> Events:
+        self._add(len(events))
+        return self._moved(events)
+
+    def _moved(self, events: Events) -> Events:
+        return dataclasses.replace(events, t=events.t - self._first) if self._first else events
 
     def _add(self, count: int) -> None:
         self.count += count

@@ -203,7 +203,8 @@ def write_dat(path: str | Path, events: Events | EventSource) -> None:
             steps = np.diff(part.t, prepend=part.t[0] if previous is None else previous)
             if (previous is None and not 0 <= part.t[0] < _CLOCK) or steps.max() >= _CLOCK // 2:
                 raise ValueError(
-                    f"{path}: .dat holds a first 0 <= t < 2**32 µs and pauses under 2**31 µs; subtract the first time"
+                    f"{path}: .dat holds a first 0 <= t < 2**32 µs and pauses under 2**31 µs; "
+                    "subtract the first time (gep convert --from-zero)"
                 )
             records = np.empty((len(part), 2), np.uint32)
             records[:, 0] = part.t & (_CLOCK - 1)

@@ -191,7 +191,8 @@ def write_evt2(path: str | Path, events: Events | EventSource) -> None:
             steps = np.diff(part.t, prepend=part.t[0] if previous is None else previous)
             if (previous is None and not 0 <= part.t[0] < _WRAP_US) or steps.max() >= _WRAP_US // 2:
                 raise ValueError(
-                    f"{path}: EVT2 holds a first 0 <= t < 2**34 µs and pauses under 2**33 µs; subtract the first time"
+                    f"{path}: EVT2 holds a first 0 <= t < 2**34 µs and pauses under 2**33 µs; "
+                    "subtract the first time (gep convert --from-zero)"
                 )
             words = np.empty(2 * len(part), np.uint32)
             num, high = _encode2(part.t, part.x, part.y, part.p, high, words)

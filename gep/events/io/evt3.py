@@ -176,7 +176,8 @@ def write_evt3(path: str | Path, events: Events | EventSource) -> None:
         for part in parts(path, events):
             if part.t[0] < 0 or part.t[-1] >= _WRITE_LIMIT:
                 raise ValueError(
-                    f"{path}: EVT3 holds 0 <= t < 2**40 µs, got {part.t[0]}..{part.t[-1]}; subtract the first time"
+                    f"{path}: EVT3 holds 0 <= t < 2**40 µs, got {part.t[0]}..{part.t[-1]}; "
+                    "subtract the first time (gep convert --from-zero)"
                 )
             pauses = (int(part.t[-1]) - max(int(state[0]), 0)) >> 22
             words = np.empty(7 * len(part) + 2 * pauses + 8, np.uint16)
