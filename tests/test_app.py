@@ -111,6 +111,16 @@ def test_bad_files_are_told_by_name_without_their_place(tmp_path):
         assert name in str(raised.value) and str(tmp_path) not in str(raised.value)
 
 
+def test_an_archive_is_judged_before_it_is_unpacked(tmp_path, monkeypatch):
+    t = np.zeros(100_000, np.int64)
+    np.savez_compressed(tmp_path / "bomb.npz", t=t, x=t, y=t, p=t)
+    assert len(read_recording(tmp_path / "bomb.npz", height=4, width=5).events) == len(t)
+    monkeypatch.setattr(recording, "MOST_UNPACKED", 3_000_000)
+    monkeypatch.setattr(recording, "open_events", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(EventFormatError, match=r"^bomb.npz: unpacks to 0.0 GB"):
+        read_recording(tmp_path / "bomb.npz", height=4, width=5)
+
+
 def test_a_sensors_size_is_columns_by_rows():
     for text in ("640 × 480", "640x480", " 640,480 ", "640 * 480", "640 480"):
         assert sensor_size(text) == (480, 640), text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import threading
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from gep.events.types import EventFormatError, Events
 
 MOST_EVENTS = 20_000_000
 """Events that are kept of a recording, about 260 MB."""
+MOST_UNPACKED = 1_000_000_000
+"""Bytes that an archive may unpack to."""
 MOST_PIXELS = 1 << 24
 """Pixels of a sensor that is drawn; a window of the largest that gep reads would take 13 GB."""
 BINS = 120
@@ -128,6 +131,7 @@ def read_recording(path: Path, *, height: int | None = None, width: int | None =
         ValueError: what is wrong and how to mend it; the file goes by its name, not by its place on this machine.
     """
     try:
+        _check_unpacked(path)
         with open_events(path, height=height, width=width) as source:
             if source.height * source.width > MOST_PIXELS:
                 raise EventFormatError(f"{path}: a sensor of {source.width} × {source.height} pixels is not drawn")
@@ -142,6 +146,19 @@ def read_recording(path: Path, *, height: int | None = None, width: int | None =
         raise EventFormatError(f"{path.name} holds no events: choose a recording with some")
     note = f"The first {len(events):,} of {total:,} events are shown." if total > len(events) else ""
     return Recording(path.name, events, note)
+
+
+def _check_unpacked(path: Path) -> None:
+    """Refuses an archive whose members unpack to more than any recording that is shown: it is read as a whole."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # What is read of a member ends at the size that it states.
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MOST_UNPACKED:
+            raise EventFormatError(
+                f"{path}: unpacks to {size / 1e9:.1f} GB, more than {MOST_UNPACKED / 1e9:.1f}: gep convert makes an "
+                ".arrow file of it, which is read in parts"
+            )
 
 
 def sensor_size(text: str) -> tuple[int, int] | tuple[None, None]:
