@@ -8,20 +8,16 @@ from pathlib import Path
 # Two test processes share two cores: more threads than that would make each wait for the other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
-
 import pytest
 import timm.layers
 import torch
 
 
 @pytest.fixture(autouse=True)
-def usual_kernels() -> Iterator[None]:
+def usual_kernels() -> None:
     """Undoes `gep.cpu.use_fast_kernels`, which holds for the process, so that tests do not depend on their order."""
-    precision, fused = torch.get_float32_matmul_precision(), timm.layers.use_fused_attn()
-    yield
-    torch.set_float32_matmul_precision(precision)
-    timm.layers.set_fused_attn(bool(fused))
+    torch.set_float32_matmul_precision("highest")
+    timm.layers.set_fused_attn(True)
 
 
 @pytest.fixture(scope="session")
