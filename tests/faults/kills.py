@@ -108,6 +108,8 @@ def torment(scenario: jobs.Scenario, kills: int, world: Path, folder: Path, seed
             continue
         # Left alone, or at its end before the moment came.
         idle += 1
+        if kill is not None and scenario.timed:  # the machine has become faster than in the undisturbed run
+            seconds = min(seconds, kill.delay_s)
         found = contents(place)
         if status == 0:
             tally.resumed += row
